@@ -5,8 +5,9 @@ imports numpy and no framework. The one line for a training loop lives in `alrc.
 """
 
 from alrc.moments import Moments, estimate_start
+from alrc.ops import NUMPY, NumpyOps, Ops
 from alrc.reference import Trace, alrc_trace
-from alrc.rules import ALRC, NUMPY, Decision, Huber, NumpyOps, Ops, Rule
+from alrc.rules import ALRC, Decision, Huber, Rule
 
 __all__ = [
     "ALRC",

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
-
 from alrc import rules
 from alrc.moments import Moments
 from alrc.moments import estimate_start as estimate_start
+from torch import Tensor, nn
 
 __all__ = ["ALRC", "Huber", "Telemetry", "estimate_start"]
 

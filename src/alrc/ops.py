@@ -1,0 +1,117 @@
+"""The primitives in which frameworks differ, and their numpy implementation.
+
+Exists so that a rule can be written once, by operators and these. This file must import no framework but numpy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+__all__ = ["NUMPY", "NumpyOps", "Ops"]
+
+
+@runtime_checkable
+class Ops(Protocol):
+    """Name the primitives that differ between frameworks; everything else is operators.
+
+    Arrays are floating point and broadcast as in numpy. `NumpyOps` is the reference implementation.
+    """
+
+    def sqrt(self, x: Any) -> Any:
+        """Return the element-wise square root."""
+        ...
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        """Return the element-wise maximum of `x` and a number `y`."""
+        ...
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        """Select `x` where the condition holds, else `y`; either may be a number."""
+        ...
+
+    def ceil(self, x: Any) -> Any:
+        """Return the smallest whole number that is not smaller, element by element."""
+        ...
+
+    def cap(self, x: Any, y: Any) -> Any:
+        """Return the element-wise minimum of `x` and a 0-d `y`; may overwrite `x`."""
+        ...
+
+    def floor(self, x: Any, y: Any) -> Any:
+        """Return the element-wise maximum of `x` and a 0-d `y`; may overwrite `x`."""
+        ...
+
+    def total(self, x: Any) -> Any:
+        """Return the sum over all elements as a 0-d array."""
+        ...
+
+    def total_square(self, x: Any) -> Any:
+        """Return the sum of squares over all elements as a 0-d array."""
+        ...
+
+    def replace_nonfinite(self, x: Any, value: float) -> Any:
+        """Return a copy with NaN, inf and -inf replaced by `value`."""
+        ...
+
+    def ndim(self, x: Any) -> int:
+        """Return the number of axes, a Python integer."""
+        ...
+
+    def largest(self, x: Any) -> float:
+        """Return the largest finite number of the array's dtype."""
+        ...
+
+
+class NumpyOps:
+    """Implement `Ops` with numpy, in the dtype of the input (float64 for Python numbers)."""
+
+    def sqrt(self, x: Any) -> Any:
+        """Return the element-wise square root."""
+        return np.sqrt(x)
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        """Return the element-wise maximum of `x` and a number `y`."""
+        return np.maximum(x, y)
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        """Select `x` where the condition holds, else `y`."""
+        selected: Any = np.where(condition, x, y)
+        return selected[()]
+
+    def ceil(self, x: Any) -> Any:
+        """Return the smallest whole number that is not smaller."""
+        return np.ceil(x)
+
+    def cap(self, x: Any, y: Any) -> Any:
+        """Return the element-wise minimum of `x` and a 0-d `y`."""
+        return np.minimum(x, y)
+
+    def floor(self, x: Any, y: Any) -> Any:
+        """Return the element-wise maximum of `x` and a 0-d `y`."""
+        return np.maximum(x, y)
+
+    def total(self, x: Any) -> Any:
+        """Return the sum over all elements."""
+        return np.sum(x)
+
+    def total_square(self, x: Any) -> Any:
+        """Return the sum of squares over all elements."""
+        return np.sum(np.square(x))
+
+    def replace_nonfinite(self, x: Any, value: float) -> Any:
+        """Return a copy with NaN, inf and -inf replaced by `value`."""
+        return self.where(np.isfinite(x), x, value)
+
+    def ndim(self, x: Any) -> int:
+        """Return the number of axes."""
+        return np.ndim(x)
+
+    def largest(self, x: Any) -> float:
+        """Return the largest finite number of the array's dtype."""
+        return float(np.finfo(np.asarray(x).dtype).max)
+
+
+NUMPY = NumpyOps()
+"""The numpy implementation of `Ops`, the default everywhere in the core."""

@@ -1,0 +1,235 @@
+"""Plan the paper's Table 1: error, batch size and threshold n, several seeds each, compared with n = ∞.
+
+A study only plans: it lists configurations and says how they belong together. Whoever runs them and whoever reports
+them need not import it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from alrc_lab.data import load_cifar10
+from alrc_lab.experiments import cifar10_supersampling as supersampling
+from alrc_lab.experiments.cifar10_supersampling import Config
+
+PRESETS = {
+    "smoke": "seconds: all five batch-1 cells, tiny, to see that everything works; the numbers mean nothing",
+    "quick": "minutes on two cores: batch 1 at a quarter of the width, enough steps and seeds to see the effect",
+    "paper": "the published protocol: 31 cells, 10 seeds, 100,000 iterations each at full width",
+}
+"""Presets and what each costs."""
+
+PUBLISHED: dict[tuple[str, int], dict[float, tuple[float, float]]] = {
+    ("squared", 1): {2: (5.55, 0.048), 3: (5.52, 0.054), 4: (5.56, 0.048), math.inf: (5.55, 0.041)},
+    ("squared", 4): {2: (4.96, 0.016), 3: (4.96, 0.029), 4: (4.97, 0.017), math.inf: (4.98, 0.017)},
+    ("squared", 16): {2: (4.58, 0.010), 3: (4.58, 0.004), 4: (4.58, 0.007), math.inf: (4.59, 0.006)},
+    ("squared", 64): {3: (3.90, 0.013), 4: (3.89, 0.016), math.inf: (3.89, 0.014)},
+    ("quartic", 1): {2: (3.54, 0.084), 3: (3.59, 0.055), 4: (3.61, 0.054), math.inf: (3.88, 0.108)},
+    ("quartic", 4): {2: (3.02, 0.023), 3: (3.08, 0.024), 4: (3.13, 0.023), math.inf: (3.32, 0.037)},
+    ("quartic", 16): {2: (2.60, 0.012), 3: (2.61, 0.014), 4: (2.64, 0.016), math.inf: (2.74, 0.020)},
+    ("quartic", 64): {2: (1.65, 0.011), 3: (1.58, 0.016), 4: (1.57, 0.016), math.inf: (1.61, 0.008)},
+}
+"""Table 1 of Ede & Beanland 2020: errors × 100, mean and standard deviation of ten runs, by error, batch size and n."""
+
+QUICK_CELLS = [("quartic", 1, math.inf), ("quartic", 1, 3.0), ("quartic", 1, 2.0), ("squared", 1, math.inf)]
+QUICK_CELLS += [("squared", 1, 3.0)]
+
+
+@dataclass(frozen=True)
+class _Preset:
+    """Hold what a preset changes."""
+
+    cells: list[tuple[str, int, float]]
+    seeds: int
+    config: Config
+    boxcar: int
+
+
+def _preset(name: str) -> _Preset:
+    """Return the cells, seeds and common settings of a preset."""
+    if name == "smoke":
+        return _Preset(QUICK_CELLS, 2, Config(width=4, iterations=384, final_window=128), 32)
+    if name == "quick":
+        return _Preset(QUICK_CELLS, 6, Config(width=16, iterations=4096, final_window=512), 200)
+    if name == "paper":
+        order = [math.inf, 4.0, 3.0, 2.0]
+        cells = [(error, batch, n) for (error, batch), row in PUBLISHED.items() for n in order if n in row]
+        return _Preset(cells, 10, Config(), 500)
+    raise ValueError(f"table1 has no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Say how long a study takes on this machine."""
+
+    seconds: float
+    """Wall-clock seconds for all runs, none of them done."""
+    detail: list[str]
+    """One line for each shape of run that was timed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold everything about a study that is known before it starts."""
+
+    study: dict[str, Any]
+    """Content of study.json, without the runs' folders."""
+    runs: list[dict[str, Any]]
+    """`entry`, `config`, `inputs`, `excluded`, `name`, `cell` and `seed` of every run."""
+    default_out: str
+    """Folder to use when none is named."""
+
+    def estimate(self, workers: int, threads: int) -> Estimate:
+        """Time a few updates of each shape of run, and add up.
+
+        Args:
+            workers: Runs at once.
+            threads: Threads of each.
+
+        Returns:
+            The estimate, made with `threads` threads and nothing else running.
+        """
+        import torch
+
+        shapes: Counter[Config] = Counter()
+        for run in self.runs:
+            config = Config(**run["config"])
+            shape = replace(config, error="squared", num_stddev=3.0, seed=0, drop_at=None, iterations=1, final_window=1)
+            shapes[shape] += config.iterations
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            measured = {shape: supersampling.measure_step_s(shape) for shape in shapes}
+        finally:
+            torch.set_num_threads(before)
+        detail = [
+            f"width {shape.width}, batch {shape.batch_size}, {shape.precision}: {1e3 * measured[shape]:.1f} ms an "
+            f"update on {threads} thread{'s' if threads > 1 else ''} × {updates:,} updates"
+            for shape, updates in shapes.items()
+        ]
+        return Estimate(sum(measured[shape] * updates for shape, updates in shapes.items()) / workers, detail)
+
+
+def _label(n: float) -> str:
+    """Return a threshold as the table prints it."""
+    return "∞" if math.isinf(n) else f"{n:g}"
+
+
+def _cell_id(error: str, batch_size: int, n: float) -> str:
+    """Return the identifier of a cell."""
+    return f"{error}-b{batch_size}-n{'inf' if math.isinf(n) else f'{n:g}'}"
+
+
+def _differences(config: Config, preset: _Preset, description: dict[str, Any]) -> list[str]:
+    """Say where this protocol is not the paper's."""
+    found: list[str] = []
+    if description["source"] == "embedded":
+        found.append(f"Data: {description['images']:,} patches of photographs instead of CIFAR-10's 50,000 images.")
+    elif description["images"] != 50_000:
+        found.append(f"Data: {description['images']:,} images of CIFAR-10 instead of its 50,000.")
+    if config.width != 64:
+        found.append(f"Width {config.width} instead of 64: a network of fewer parameters, with higher errors.")
+    if config.iterations != 100_000:
+        found.append(
+            f"{config.iterations:,} iterations instead of 100,000; the error is the mean of the last "
+            f"{config.final_window:,} instead of 5,000."
+        )
+    if preset.seeds != 10:
+        found.append(f"{preset.seeds} seeds in each cell instead of 10.")
+    if len(preset.cells) < 31:
+        found.append(f"{len(preset.cells)} of the table's 31 cells.")
+    if config.precision != "float32":
+        found.append(f"Convolutions in {config.precision} instead of float32.")
+    return found
+
+
+def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> Plan:
+    """List the runs of the study.
+
+    Args:
+        preset: One of `PRESETS`.
+        data: Folder of CIFAR-10's binary batches; none searches.
+        seeds: Seeds in each cell, from 0; none takes the preset's.
+
+    Returns:
+        The plan; nothing has been started.
+
+    Raises:
+        ValueError: If there is no such preset, or `seeds` < 1.
+    """
+    chosen = _preset(preset)
+    if seeds is not None:
+        if seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {seeds}.")
+        chosen = replace(chosen, seeds=seeds)
+    description = load_cifar10(data).describe()
+    order = sorted(chosen.cells, key=lambda cell: cell[0] != "quartic")  # the unstable error first
+    runs: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
+    for error, batch_size, n in order:
+        mean, std = PUBLISHED[error, batch_size][n]
+        cells.append(
+            {
+                "id": _cell_id(error, batch_size, n),
+                "panel": error,
+                "row": _label(n),
+                "column": f"batch {batch_size}",
+                "baseline": None if math.isinf(n) else _cell_id(error, batch_size, math.inf),
+                "published": {"mean": mean, "std": std, "n": 10},
+            }
+        )
+        for seed in range(chosen.seeds):
+            config = _configure(chosen.config, error, batch_size, n, seed, data)
+            resolved, inputs = supersampling.resolve(config)
+            runs.append(
+                {
+                    "entry": supersampling.ENTRY,
+                    "config": resolved,
+                    "inputs": inputs,
+                    "excluded": supersampling.EXCLUDED,
+                    "name": supersampling.name_of(config),
+                    "cell": cells[-1]["id"],
+                    "seed": seed,
+                }
+            )
+    final = Config(**runs[0]["config"])
+    study = {
+        "schema": 1,
+        "study": "table1",
+        "preset": preset,
+        "title": "CIFAR-10 supersampling with and without ALRC",
+        "question": (
+            "Does limiting losses to n running standard deviations above their mean lower the error where training is "
+            "unstable (quartic), and leave it alone where it is stable (squared)?"
+        ),
+        "data": description,
+        "metric": {"key": "final_error", "label": "error × 100", "factor": 100, "better": "lower"},
+        "curve": {"column": "error", "factor": 100, "label": "unlimited error × 100", "boxcar": chosen.boxcar},
+        "stream": {"loss": "loss_max", "limit": "limit"},
+        "panels": [
+            {"id": error, "title": f"{error.capitalize()} error"} for error in dict.fromkeys(c[0] for c in order)
+        ],
+        "cells": cells,
+        "differences": _differences(final, chosen, description),
+        "notes": [
+            "ALRC is the variant that the published runs of quartic errors used: the authors' library "
+            "(ALRC.reference: start μ1 = 25, μ2 = 900, decay 0.999, moments from the limited losses).",
+            "The published squared-error runs used scripts whose moments settle at a third of the truth; "
+            "`--variant scripts` of the experiment reproduces them.",
+            "Before ALRC, a per-example loss of 50 or more is replaced by its square root, with and without ALRC, "
+            "because the published runs did so.",
+        ],
+    }
+    return Plan(study, runs, f"results/table1-{preset}-{description['slug']}")
+
+
+def _configure(base: Config, error: str, batch_size: int, n: float, seed: int, data: str | None) -> Config:
+    """Return the configuration of one run."""
+    kind: Literal["squared", "quartic"] = "squared" if error == "squared" else "quartic"
+    config = replace(base, error=kind, batch_size=batch_size, num_stddev=None if math.isinf(n) else n)
+    if batch_size == 64:
+        config = replace(config, drop_at=round(0.54687 * config.iterations))
+    return replace(config, seed=seed, data=data)

@@ -1,0 +1,151 @@
+"""Write a study's report: one self-contained page, its figures and its tables.
+
+The page needs nothing but itself: figures and style are inside it, and the links to PNG, SVG and CSV are relative.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from alrc_lab.report import plots, tables
+from alrc_lab.report.canvas import save
+from alrc_lab.report.collect import Run, Study, load
+
+
+def build(root: Path) -> Path:
+    """Write root/report from the run folders of a study, as far as they are.
+
+    The same folders give the same bytes, so a report can be compared and kept under version control.
+
+    Args:
+        root: Folder of the study, the DIR of `alrc sweep --out DIR`.
+
+    Returns:
+        Path of the page, root/report/index.html; beside it are `figures/` (PNG and SVG) and `tables/` (CSV).
+
+    Raises:
+        StudyError: If the study cannot be read; nothing is written then.
+    """
+    study = load(Path(root))
+    path = tables.report_path(study)
+    figures = []
+    for drawing in plots.draw(study):
+        _, svg = save(drawing, path.parent / "figures")
+        image = base64.b64encode(svg.read_bytes()).decode("ascii")
+        figures.append({"drawing": drawing, "image": f"data:image/svg+xml;base64,{image}"})
+    tables.write_csv(study, path.parent / "tables")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("template.html").render(
+        study=study,
+        figures=figures,
+        blocks=_blocks(study),
+        runs=_run_lines(study),
+        remarks=tables.remarks(study),
+        data_line=tables.data_line(study, digits=64),
+        counts=tables.counts_sentence(study),
+        heading=tables.heading(study),
+        software=_software(study),
+        short_id=short_id,
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _blocks(study: Study) -> list[dict[str, Any]]:
+    """Lay out each panel: its rows, its verdicts, and a grid where it has several columns."""
+    rows, blocks = tables.tabulate(study), []
+    for panel, title in study.panels.items():
+        inside = [row for row in rows if row.cell.panel == panel]
+        if not inside:
+            continue
+        is_grid = tables.is_grid(study, panel)
+        places, percent = tables.decimals(inside), tables.percent_decimals(inside)
+        columns = list(dict.fromkeys(row.cell.column for row in inside))
+        at = {(row.cell.row, row.cell.column): tables.grid_cell(row, places) for row in inside}
+        blocks.append(
+            {
+                "title": title if is_grid else ", ".join(filter(None, (title, inside[0].cell.column))),
+                "is_grid": is_grid,
+                "is_published": any(row.cell.published for row in inside),
+                "columns": columns,
+                "grid": [
+                    {"row": name, "cells": [at.get((name, column)) for column in columns]}
+                    for name in dict.fromkeys(row.cell.row for row in inside)
+                ],
+                "rows": [tables.cells(row, places, percent) for row in inside],
+                "baselines": ", ".join(dict.fromkeys(tables.label(row.baseline.row) for row in inside if row.baseline)),
+                "verdicts": [sentence for row in inside if (sentence := tables.verdict(study, row))],
+            }
+        )
+    return blocks
+
+
+def _run_lines(study: Study) -> list[dict[str, Any]]:
+    """Write the table of all runs; a value has one digit more than its mean."""
+    rows = tables.tabulate(study)
+    places = {panel: tables.decimals(row for row in rows if row.cell.panel == panel) + 1 for panel in study.panels}
+    return [_run_line(study, run, places[study.cells[run.cell].panel]) for run in study.runs]
+
+
+def _run_line(study: Study, run: Run, places: int) -> dict[str, Any]:
+    """Write what the table of runs says about one run; what is unknown is a dash."""
+    cell = study.cells[run.cell]
+    value = None if run.value is None else run.value * study.metric["factor"]
+    environment = run.environment
+    commit = (environment.get("git") or {}).get("commit")
+    version = str(environment.get("code_version") or tables.UNDEFINED)
+    return {
+        "id": short_id(run),
+        "folder": run.folder,
+        "setting": ", ".join(filter(None, (study.panels[cell.panel], cell.column, tables.label(cell.row)))),
+        "seed": run.seed,
+        "status": run.status,
+        "detail": run.detail,
+        "value": tables.number(value, places),
+        "wall": tables.UNDEFINED if run.wall_s is None else duration(run.wall_s),
+        "version": f"{version} ({commit[:10]})" if commit else version,
+        "hardware": run.hardware or tables.UNDEFINED,
+    }
+
+
+def short_id(run: Run) -> str:
+    """Give the first ten digits of a run's identity; the folder's name where it has none yet."""
+    return run.identity[:10] or run.folder.rsplit("/", 1)[-1]
+
+
+def duration(seconds: float) -> str:
+    """Write a duration for people.
+
+    Example:
+        >>> duration(41.25), duration(75), duration(3_900)
+        ('41.2 s', '1 min 15 s', '1 h 05 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _software(study: Study) -> list[str]:
+    """List what the runs were made with, each with the number of runs."""
+    counts: Counter[str] = Counter()
+    for run in study.runs:
+        environment = run.environment
+        if environment:
+            named = {"Python": environment.get("python"), **(environment.get("libraries") or {})}
+            versions = ", ".join(f"{key} {value}" for key, value in named.items() if value)
+            counts[f"{versions}; {environment.get('platform', 'unknown platform')}"] += 1
+    return [f"{line} ({count} runs)" for line, count in sorted(counts.items())]

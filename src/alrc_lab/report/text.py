@@ -1,0 +1,144 @@
+"""Print a study's tables to a terminal or a pipe, with no number ever broken across lines."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from alrc_lab.report import tables
+from alrc_lab.report.collect import STATUSES, Study
+
+_COMPARISON = ("pairs", "difference", "difference_interval", "relative", "p")
+
+
+def render_text(study: Study) -> StudyText:
+    """Lay a study out for `rich.print`: data first, then a table per panel, then what to know about it.
+
+    Where the width does not hold a whole row, the comparison with the baseline becomes a table of its own.
+
+    Args:
+        study: What `load` returned.
+
+    Returns:
+        A rich renderable that fits itself to the width it is printed at, from 80 columns up.
+    """
+    return StudyText(study)
+
+
+class StudyText:
+    """Lay out one study at whatever width a console has."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        study = self.study
+        rows = tables.tabulate(study)
+        yield _paragraph(tables.data_line(study), options, style="bold")
+        yield _paragraph(f"{study.title}, preset {study.preset}: {tables.counts_sentence(study)}", options)
+        for panel, title in study.panels.items():
+            inside = [row for row in rows if row.cell.panel == panel]
+            if not inside:
+                continue
+            printed = ("published",) if any(row.cell.published for row in rows) else ()
+            is_grid = tables.is_grid(study, panel)
+            if is_grid:
+                about = f"{title}, {study.metric['label']}: mean ± standard deviation"
+                yield from _heading(about + ", published beneath" * bool(printed), options)
+                yield self._grid(inside)
+            head = ", ".join(filter(None, (title, "" if is_grid else inside[0].cell.column, study.metric["label"])))
+            first = ("column", "label") if is_grid else ("label",)
+            lost = tuple(status for status in STATUSES[1:] if study.counts[status])
+            means = (*first, "runs", "mean", "interval", *printed, *lost)
+            yield from _heading(head, options)
+            whole = self._table(inside, (*means, *_COMPARISON))
+            if Measurement.get(console, options.update(width=10_000), whole).maximum <= options.max_width:
+                yield whole
+            else:
+                yield self._table(inside, means)
+                if compared := [row for row in inside if row.baseline]:
+                    yield Text("")
+                    yield self._table(compared, (*first, *_COMPARISON))
+            if not is_grid:  # a grid has too many comparisons to read them as sentences
+                verdicts = filter(None, (tables.verdict(study, row) for row in inside))
+                yield from (_paragraph(sentence, options, "  ") for sentence in verdicts)
+        yield Text("")
+        yield from (_paragraph(remark, options, style="dim") for remark in tables.remarks(study))
+        if study.differences:
+            yield from _heading("Not the paper's protocol:", options)
+            yield from (_paragraph(f"· {sentence}", options, "  ") for sentence in study.differences)
+        path = tables.report_path(study)
+        if path.is_file():
+            yield Text(f"\nReport: {path}", no_wrap=True, overflow="ignore")
+        else:
+            yield Text(f"\nNo report yet: alrc report {study.root}", no_wrap=True, overflow="ignore")
+
+    def _table(self, rows: Sequence[tables.Row], keys: Sequence[str]) -> Table:
+        """Lay out rows of one panel; a new column label starts a new section."""
+        baselines = {row.baseline.row for row in rows if row.baseline}
+        headers = {
+            "column": "",
+            "label": tables.heading(self.study),
+            "interval": "95 % interval",
+            "difference": f"vs {tables.plain(tables.label(*baselines))}" if len(baselines) == 1 else "difference",
+            "difference_interval": "95 % interval",
+            "relative": "change",
+        }
+        table = _bare()
+        for key in keys:
+            justify = "left" if key in ("column", "label") else "right"
+            table.add_column(headers.get(key, key), justify=justify, no_wrap=True)
+        places, percent = tables.decimals(rows), tables.percent_decimals(rows)
+        for row, following in zip(rows, [*rows[1:], None], strict=True):
+            texts = tables.cells(row, places, percent)
+            ends = "column" in keys and following is not None and following.cell.column != row.cell.column
+            table.add_row(*(Text(tables.plain(texts[key])) for key in keys), end_section=ends)
+        return table
+
+    def _grid(self, rows: Sequence[tables.Row]) -> Table:
+        """Lay out a panel as the paper prints it: ours, and beneath it what was published."""
+        columns = list(dict.fromkeys(row.cell.column for row in rows))
+        table = _bare()
+        table.add_column(tables.heading(self.study), no_wrap=True)
+        for column in columns:
+            table.add_column(Text(column), justify="right", no_wrap=True)
+        places, printed = tables.decimals(rows), any(row.cell.published for row in rows)
+        for name in dict.fromkeys(row.cell.row for row in rows):
+            line: list[Text] = []
+            for column in columns:
+                found = [row for row in rows if (row.cell.row, row.cell.column) == (name, column)]
+                ours, published = tables.grid_cell(found[0], places) if found else ("", "")
+                line.append(
+                    Text.assemble(tables.plain(ours), ("\n" + tables.plain(published) if printed else "", "dim"))
+                )
+            table.add_row(Text(name), *line)
+        return table
+
+
+def _paragraph(sentence: str, options: ConsoleOptions, indent: str = "", *, style: str = "") -> Text:
+    """Break a sentence between words only, never within an interval or before a unit."""
+    lines = textwrap.wrap(
+        sentence,
+        options.max_width,
+        initial_indent=indent,
+        subsequent_indent=indent * 2,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return Text(tables.plain("\n".join(lines)), style=style, no_wrap=True, overflow="ignore")
+
+
+def _heading(title: str, options: ConsoleOptions) -> list[Text]:
+    """Head a table after an empty line."""
+    return [Text(""), _paragraph(title, options, style="bold")]
+
+
+def _bare() -> Table:
+    """Make a table with a rule below its head and nothing else."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)

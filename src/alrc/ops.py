@@ -19,47 +19,47 @@ class Ops(Protocol):
     Arrays are floating point and broadcast as in numpy. `NumpyOps` is the reference implementation.
     """
 
-    def sqrt(self, x: Any) -> Any:
+    def sqrt(self, x: Any, /) -> Any:
         """Return the element-wise square root."""
         ...
 
-    def maximum(self, x: Any, y: Any) -> Any:
+    def maximum(self, x: Any, y: Any, /) -> Any:
         """Return the element-wise maximum of `x` and a number `y`."""
         ...
 
-    def where(self, condition: Any, x: Any, y: Any) -> Any:
+    def where(self, condition: Any, x: Any, y: Any, /) -> Any:
         """Select `x` where the condition holds, else `y`; either may be a number."""
         ...
 
-    def ceil(self, x: Any) -> Any:
+    def ceil(self, x: Any, /) -> Any:
         """Return the smallest whole number that is not smaller, element by element."""
         ...
 
-    def cap(self, x: Any, y: Any) -> Any:
+    def cap(self, x: Any, y: Any, /) -> Any:
         """Return the element-wise minimum of `x` and a 0-d `y`; may overwrite `x`."""
         ...
 
-    def floor(self, x: Any, y: Any) -> Any:
+    def floor(self, x: Any, y: Any, /) -> Any:
         """Return the element-wise maximum of `x` and a 0-d `y`; may overwrite `x`."""
         ...
 
-    def total(self, x: Any) -> Any:
+    def total(self, x: Any, /) -> Any:
         """Return the sum over all elements as a 0-d array."""
         ...
 
-    def total_square(self, x: Any) -> Any:
+    def total_square(self, x: Any, /) -> Any:
         """Return the sum of squares over all elements as a 0-d array."""
         ...
 
-    def replace_nonfinite(self, x: Any, value: float) -> Any:
+    def replace_nonfinite(self, x: Any, value: float, /) -> Any:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         ...
 
-    def ndim(self, x: Any) -> int:
+    def ndim(self, x: Any, /) -> int:
         """Return the number of axes, a Python integer."""
         ...
 
-    def largest(self, x: Any) -> float:
+    def largest(self, x: Any, /) -> float:
         """Return the largest finite number of the array's dtype."""
         ...
 
@@ -67,48 +67,48 @@ class Ops(Protocol):
 class NumpyOps:
     """Implement `Ops` with numpy, in the dtype of the input (float64 for Python numbers)."""
 
-    def sqrt(self, x: Any) -> Any:
+    def sqrt(self, x: Any, /) -> Any:
         """Return the element-wise square root."""
         return np.sqrt(x)
 
-    def maximum(self, x: Any, y: Any) -> Any:
+    def maximum(self, x: Any, y: Any, /) -> Any:
         """Return the element-wise maximum of `x` and a number `y`."""
         return np.maximum(x, y)
 
-    def where(self, condition: Any, x: Any, y: Any) -> Any:
+    def where(self, condition: Any, x: Any, y: Any, /) -> Any:
         """Select `x` where the condition holds, else `y`."""
         selected: Any = np.where(condition, x, y)
         return selected[()]
 
-    def ceil(self, x: Any) -> Any:
+    def ceil(self, x: Any, /) -> Any:
         """Return the smallest whole number that is not smaller."""
         return np.ceil(x)
 
-    def cap(self, x: Any, y: Any) -> Any:
+    def cap(self, x: Any, y: Any, /) -> Any:
         """Return the element-wise minimum of `x` and a 0-d `y`."""
         return np.minimum(x, y)
 
-    def floor(self, x: Any, y: Any) -> Any:
+    def floor(self, x: Any, y: Any, /) -> Any:
         """Return the element-wise maximum of `x` and a 0-d `y`."""
         return np.maximum(x, y)
 
-    def total(self, x: Any) -> Any:
+    def total(self, x: Any, /) -> Any:
         """Return the sum over all elements."""
         return np.sum(x)
 
-    def total_square(self, x: Any) -> Any:
+    def total_square(self, x: Any, /) -> Any:
         """Return the sum of squares over all elements."""
         return np.sum(np.square(x))
 
-    def replace_nonfinite(self, x: Any, value: float) -> Any:
+    def replace_nonfinite(self, x: Any, value: float, /) -> Any:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         return self.where(np.isfinite(x), x, value)
 
-    def ndim(self, x: Any) -> int:
+    def ndim(self, x: Any, /) -> int:
         """Return the number of axes."""
         return np.ndim(x)
 
-    def largest(self, x: Any) -> float:
+    def largest(self, x: Any, /) -> float:
         """Return the largest finite number of the array's dtype."""
         return float(np.finfo(np.asarray(x).dtype).max)
 

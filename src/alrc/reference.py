@@ -45,7 +45,7 @@ def alrc_trace(
 ) -> Trace:
     """Run ALRC over a stream of losses with plain loops and raw moments.
 
-    Settings are those of `alrc.ALRC`. Use it to check an implementation; it is thousands of times too slow to train with.
+    Settings are those of `alrc.ALRC`. Use it to check an implementation; it is far too slow to train with.
 
     Args:
         stream: One entry per step: a number or an array of any shape.

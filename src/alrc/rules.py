@@ -1,8 +1,8 @@
 """The rules, written once: measure → decide → scale, for every framework.
 
-A rule is a frozen dataclass that turns losses and a small state into a `Decision`, through operators and the handful of
-primitives in `alrc.ops`. It never touches a gradient: a backend multiplies the gradient by `Decision.scale`. This file must
-import no framework, and must never import `reference.py`, which checks it.
+A rule is a frozen dataclass that turns losses and a small state into a `Decision`, by operators and the handful of
+primitives in `alrc.ops`. It never touches a gradient: a backend multiplies the gradient by `Decision.scale`. This file
+must import no framework, and must never import `reference.py`, which checks it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Decision(NamedTuple):
     """
 
     limited: Any
-    """Forward values after the rule, shape of the losses: the loss, or its limit (S6); 0 where it is not finite (S8)."""
+    """Forward values, shape of the losses: the loss, or its limit (S6); 0 where the loss is not finite (S8)."""
     scale: Any
     """Gradient factor in [0, 1], shape of the losses: 1 where untouched, 0 exactly where the loss is not finite."""
     ceiling: Any

@@ -23,37 +23,48 @@ _STATE_VERSION = 1
 class _TorchOps:
     """Implement `alrc.rules.Ops` with torch, by the fastest primitive of each kind on CPU."""
 
-    sqrt = staticmethod(torch.sqrt)
-    where = staticmethod(torch.where)
-    ceil = staticmethod(torch.ceil)
-    total = staticmethod(torch.sum)
+    def sqrt(self, x: Tensor, /) -> Tensor:
+        """Return the element-wise square root."""
+        return torch.sqrt(x)
 
-    def maximum(self, x: Tensor, y: float) -> Tensor:
+    def where(self, condition: Tensor, x: Tensor | float, y: Tensor | float, /) -> Tensor:
+        """Select `x` where the condition holds, else `y`."""
+        return torch.where(condition, x, y)
+
+    def ceil(self, x: Tensor, /) -> Tensor:
+        """Return the smallest whole number that is not smaller."""
+        return torch.ceil(x)
+
+    def total(self, x: Tensor, /) -> Tensor:
+        """Return the sum over all elements."""
+        return torch.sum(x)
+
+    def maximum(self, x: Tensor, y: float, /) -> Tensor:
         """Return the element-wise maximum."""
         return x.clamp(min=y)
 
-    def cap(self, x: Tensor, y: Tensor) -> Tensor:
+    def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
         """Return the element-wise minimum, in place of `x`."""
         return x.clamp_(max=y)
 
-    def floor(self, x: Tensor, y: Tensor) -> Tensor:
+    def floor(self, x: Tensor, y: Tensor, /) -> Tensor:
         """Return the element-wise maximum, in place of `x`."""
         return x.clamp_(min=y)
 
-    def total_square(self, x: Tensor) -> Tensor:
+    def total_square(self, x: Tensor, /) -> Tensor:
         """Return the sum of squares."""
         flat = x.reshape(-1)
         return torch.dot(flat, flat)
 
-    def replace_nonfinite(self, x: Tensor, value: float) -> Tensor:
+    def replace_nonfinite(self, x: Tensor, value: float, /) -> Tensor:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         return torch.nan_to_num(x, nan=value, posinf=value, neginf=value)
 
-    def ndim(self, x: Tensor) -> int:
+    def ndim(self, x: Tensor, /) -> int:
         """Return the number of axes."""
         return x.ndim
 
-    def largest(self, x: Tensor) -> float:
+    def largest(self, x: Tensor, /) -> float:
         """Return the largest finite number of the dtype."""
         return torch.finfo(x.dtype).max
 
@@ -123,7 +134,7 @@ class ALRC(nn.Module):
 
     Call it on the losses before they are averaged. A loss above L_max = mean + num_stddev · std gets the value L_max
     and the gradient (L_max / L) · ∇L; every other loss passes unchanged (SPEC S5, S6). In train mode each call updates
-    the moments once; in eval mode losses pass through and nothing is learned. State lives in float32 buffers, or better.
+    the moments once; in eval mode losses pass through and nothing is learned. State is float32 or better.
 
     Args:
         num_stddev: Standard deviations n above the mean, > 0.
@@ -306,8 +317,8 @@ class ALRC(nn.Module):
         version = state_dict.get(f"{prefix}version")
         if version is not None and int(version) != _STATE_VERSION:
             raise RuntimeError(
-                f"the ALRC state under '{prefix}' has version {int(version)}, this alrc reads version {_STATE_VERSION}; "
-                "load it with the alrc that wrote it, or leave its four entries out to start afresh."
+                f"the ALRC state under '{prefix}' has version {int(version)}, but this alrc reads version "
+                f"{_STATE_VERSION}; load it with the alrc that wrote it, or leave its four entries out to start afresh."
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 

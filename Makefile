@@ -1,0 +1,48 @@
+# Every target works from a fresh clone: the first one that needs it makes .venv from constraints.txt.
+#   make PYTHON=python3.12 demo      another interpreter
+#   make PIP_FLAGS=... demo          further options for pip, e.g. another package index
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+
+.PHONY: help demo test lint format bench clean distclean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.installed ## reproduce the small table of the paper (minutes on two cores); repeat it to go on
+	$(BIN)/alrc sweep table1 --preset quick
+
+test: .venv/.installed ## run the default test tier (under two minutes)
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.installed ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed ## measure the overhead and the cost of a step, with the hardware in the header
+	$(BIN)/python benchmarks/loss_limiting.py
+	$(BIN)/python benchmarks/experiment_step.py
+
+clean: ## remove caches and built packages; results stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf .venv
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "alrc needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | tail -n 1)." \
+			"Name another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing alrc and its tested dependencies into .venv; this takes a few minutes, once."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,373 @@
+"""Do what the commands promise: one function for each command of the command line.
+
+Each takes plain values, prints for people or (with `json`) one JSON document, and returns the exit code. Parsing flags
+and telling errors is cli.py's business, how things look is live.py's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json as jsonlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from rich.console import Console
+
+from alrc_lab import data as data_sets
+from alrc_lab import report, runner
+from alrc_lab.experiments import DESCRIPTIONS, EXPERIMENTS, STUDIES
+from alrc_lab.live import (
+    BytesView,
+    RunsView,
+    cells_table,
+    data_line,
+    duration,
+    open_console,
+    outcome,
+    say,
+    states_table,
+)
+from alrc_lab.runner.attempt import available_cores
+
+
+def list_experiments(*, json: bool = False) -> int:
+    """Name the experiments, and the studies with their presets.
+
+    For example:
+
+        alrc list
+
+    Args:
+        json: Print one JSON document instead of text.
+    """
+    document = {
+        "experiments": [{"name": name, "description": DESCRIPTIONS.get(name, "")} for name in EXPERIMENTS],
+        "studies": [
+            {
+                "name": name,
+                "description": DESCRIPTIONS.get(name, ""),
+                "presets": dict(importlib.import_module(module).PRESETS),
+            }
+            for name, module in STUDIES.items()
+        ],
+    }
+    console = open_console(json)
+    say(console, "experiments (alrc run NAME):")
+    for experiment in document["experiments"]:
+        say(console, f"  {experiment['name']:<24} {experiment['description']}")
+    say(console, "studies (alrc sweep NAME --preset PRESET):")
+    for study in document["studies"]:
+        say(console, f"  {study['name']:<24} {study['description']}")
+        for preset, description in study["presets"].items():
+            say(console, f"    {preset:<22} {description}")
+    return _end(json, document)
+
+
+def run_experiment(experiment: ModuleType, config: Any, *, out: Path, json: bool = False) -> int:
+    """Run one experiment in this process, print its numbers, and keep everything in a run folder.
+
+    The folder's name follows from the settings and the data: the same command goes on where it stopped, and does
+    nothing when it is done.
+
+    For example:
+
+        alrc run cifar10-supersampling --seed 1
+
+    Args:
+        experiment: Module with Config, ENTRY, EXCLUDED, resolve and name_of.
+        config: Its settings.
+        out: Folder to hold runs/NAME-HASH.
+        json: Print one JSON document instead of text.
+    """
+    console = open_console(json, shows_progress=True)
+    resolved, inputs = experiment.resolve(config)
+    spec = runner.RunSpec(experiment.ENTRY, resolved, inputs, experiment.EXCLUDED, experiment.name_of(config))
+    folder = runner.prepare(spec, out)
+    say(console, data_line(inputs))
+    state = runner.inspect_run(folder)
+    if state.is_done:
+        say(console, "this run is already done; these are its numbers")
+    else:
+        with RunsView(console, [state], workers=1) as view:
+            (state,) = runner.sweep([folder], executor="inline", on_poll=view.update)
+    for key, number in (state.summary or {}).items():
+        say(console, f"  {key}: {'not finite' if number is None else format(number, '.6g')}")
+    say(console, outcome(state))
+    say(console, f"run folder: {folder}")
+    return _end(json, {**state.to_json(), "folder": str(folder), "data": inputs}, int(state.state == "failed"))
+
+
+def sweep_study(
+    study: str,
+    *,
+    preset: str = "quick",
+    out: Path | None = None,
+    data: str | None = None,
+    seeds: int | None = None,
+    executor: Literal["processes", "inline"] = "processes",
+    workers: int | None = None,
+    dry_run: bool = False,
+    json: bool = False,
+) -> int:
+    """Run every run of a study that is not done yet, then write its report and print its table.
+
+    Says what it will do, and how long that takes, before it starts. Stop it whenever you like: repeating the
+    command goes on where it stopped. `--preset paper --dry-run` shows the published protocol and its cost.
+
+    For example:
+
+        alrc sweep table1 --preset quick
+
+    Args:
+        study: Name of the study, from `alrc list`.
+        preset: Size of the study, from `alrc list`.
+        out: Folder for runs and report; by default one under results/ named after study, preset and data.
+        data: Path of the data set; by default the first of the places that `alrc data status` lists.
+        seeds: Repeats of every cell; by default as many as the preset has.
+        executor: `processes` runs several at once, `inline` one after the other in this process.
+        workers: Runs at once; by default one for each core.
+        dry_run: Stop after saying what would be run and how long it would take.
+        json: Print one JSON document instead of text; progress goes to standard error.
+    """
+    for name, number in (("seeds", seeds), ("workers", workers)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, not {number}")
+    module = load_named(STUDIES, study, "study")
+    if preset not in module.PRESETS:
+        raise ValueError(f"{study} has no preset '{preset}'; it has {', '.join(module.PRESETS)}")
+    plan = module.plan(preset, data=data, seeds=seeds)
+    root = Path(plan.default_out) if out is None else out
+    console = open_console(json, shows_progress=True)
+    say(console, data_line(plan.study["data"]))
+    keys = ("entry", "config", "inputs", "excluded", "name")
+    specs = [runner.RunSpec(*(run[key] for key in keys)) for run in plan.runs]
+    folders = [root / "runs" / spec.folder_name for spec in specs]
+    if not dry_run:
+        folders = _prepare_runs(plan, specs, root)
+    states = [runner.inspect_run(folder) for folder in folders if folder.exists()]
+    waiting = len(specs) - sum(state.is_done for state in states)
+    workers, threads = _share_cores(executor, workers, waiting)
+    document = {"study": study, "preset": preset, "folder": str(root), "data": plan.study["data"]}
+    document |= {"executor": executor, "workers": workers, "threads": threads, "total": len(plan.runs)}
+    document |= _announce(console, plan, waiting, workers, threads)
+    if dry_run:
+        say(console, "dry run: nothing was started and nothing written")
+        return _end(json, document | {"dry_run": True})
+
+    view = RunsView(console, states, workers)
+    interrupted = False
+    try:
+        with view:
+            states = runner.sweep(folders, executor=executor, workers=workers, threads=threads, on_poll=view.update)
+    except KeyboardInterrupt:
+        interrupted = True
+        states = [runner.inspect_run(folder) for folder in folders]
+    done = sum(state.is_done for state in states)
+    failed = [state for state in states if state.state == "failed"]
+    document |= {"done": done, "failed": len(failed), "interrupted": interrupted}
+    document |= {"runs": [state.to_json() for state in states]}
+    if interrupted:
+        say(console, f"interrupted: {done} of {len(states)} runs are done; repeat the command to go on")
+        return _end(json, document, 130)
+    for state in failed:
+        say(console, f"failed: {state.name}: {state.message} ({state.folder / 'failure.json'} has more)")
+    others = len(states) - done - len(failed)
+    elsewhere = f", {others} held by another process" if others else ""
+    say(console, f"{done} of {len(states)} runs are done, {len(failed)} failed{elsewhere}")
+    return _end(json, document | _report(console, root), int(done < len(states)))
+
+
+def show_status(folder: Path, *, json: bool = False) -> int:
+    """Show how far the runs in a folder are, while they run or afterwards.
+
+    For example:
+
+        alrc status results/table1-quick-cifar10-8068
+
+    Args:
+        folder: Folder of a study, or of one run.
+        json: Print one JSON document instead of text.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if (folder / "config.json").exists():
+        members = [folder]
+    elif (folder / "study.json").exists():
+        members = [folder / run["folder"] for run in runner.read_study(folder)["runs"]]
+    else:
+        members = sorted(path.parent for path in folder.glob("runs/*/config.json"))
+    if not members:
+        raise FileNotFoundError(f"{folder} holds no run: no study.json, no config.json and no runs/*/config.json")
+    states = [runner.inspect_run(member) for member in members]
+    counts = {name: sum(state.state == name for state in states) for name in dict.fromkeys(s.state for s in states)}
+    console = open_console(json)
+    console.print(states_table(states))
+    say(console, "runs: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    here = runner.code_version()
+    others = [state.name for state in states if state.is_done and state.code_version not in (None, here)]
+    if others:
+        say(console, f"warning: {len(others)} done run(s) were made by other code than this ({here}): {others[0]} …")
+    document = {"folder": str(folder), "counts": counts, "runs": [state.to_json() for state in states]}
+    return _end(json, document | {"code_version": here, "made_by_other_code": others}, 1 if "failed" in counts else 0)
+
+
+def write_report(folder: Path, *, json: bool = False) -> int:
+    """Write the report of a study folder again from its runs, and print its table.
+
+    Reads run folders only, so it also works for old runs and while a sweep is running.
+
+    For example:
+
+        alrc report results/table1-quick-cifar10-8068
+
+    Args:
+        folder: Folder of a study: the one with study.json in it.
+        json: Print one JSON document instead of text.
+    """
+    if not (folder / "study.json").is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a study: it has no study.json")
+    return _end(json, _report(open_console(json), folder))
+
+
+def show_data(*, json: bool = False) -> int:
+    """Show where a data set is looked for, what was found there, and which place would be used.
+
+    For example:
+
+        alrc data status
+
+    Args:
+        json: Print one JSON document instead of text.
+    """
+    places = data_sets.data_status()
+    console = open_console(json)
+    for place in places:
+        mark = "→" if place["used"] else " "
+        held = f"{place['images']:,} images, sha256 {place['sha256'][:12]}" if place["images"] else "nothing"
+        say(console, f"{mark} {place['where']:<10} {held}" + (f" · {place['path']}" if place["path"] else ""))
+        for remark in filter(None, (place["note"], place["error"])):
+            say(console, f"    {remark}")
+    return _end(json, {"places": places})
+
+
+def fetch_data(name: Literal["cifar10"], *, json: bool = False) -> int:
+    """Download a data set into the user cache: with checksum, and going on where it stopped.
+
+    For example:
+
+        alrc data fetch cifar10
+
+    Args:
+        name: Which data set.
+        json: Print one JSON document instead of text.
+    """
+    console = open_console(json, shows_progress=True)
+    with BytesView(console) as view:
+        path = data_sets.fetch_cifar10(on_progress=view.update, on_message=lambda line: say(console, line))
+    found = data_sets.load_cifar10(path)
+    say(console, f"{name}: {found.summary()}")
+    return _end(json, {"name": name, "path": str(path), "data": found.describe()})
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "list": list_experiments,
+    "run": run_experiment,
+    "sweep": sweep_study,
+    "status": show_status,
+    "report": write_report,
+    "data status": show_data,
+    "data fetch": fetch_data,
+}
+
+
+def load_named(registry: Mapping[str, str], name: str, kind: str) -> ModuleType:
+    """Import the module that a name on the command line stands for.
+
+    Args:
+        registry: Names and the modules they stand for.
+        name: What was typed.
+        kind: What it should be, for the error: "experiment" or "study".
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: If there is no such name; it lists the known ones.
+    """
+    if name not in registry:
+        raise ValueError(f"there is no {kind} '{name}'; known are {', '.join(registry)} (see alrc list)")
+    return importlib.import_module(registry[name])
+
+
+def _prepare_runs(plan: Any, specs: list[runner.RunSpec], root: Path) -> list[Path]:
+    """Write study.json, which refuses a folder that holds something else, and then make the run folders."""
+    members = [
+        {"folder": f"runs/{spec.folder_name}", "cell": run["cell"], "seed": run["seed"]}
+        for spec, run in zip(specs, plan.runs, strict=True)
+    ]
+    runner.write_study(root, {**plan.study, "runs": members})
+    return [runner.prepare(spec, root) for spec in specs]
+
+
+def _announce(console: Console, plan: Any, waiting: int, workers: int, threads: int) -> dict[str, Any]:
+    """Say what will be run and how long it will take; return the same as JSON."""
+    total = len(plan.runs)
+    titles = {panel["id"]: panel["title"] for panel in plan.study["panels"]}
+    cells = [
+        {
+            "cell": cell["id"],
+            "panel": titles[cell["panel"]],
+            "row": cell["row"],
+            "column": cell["column"],
+            "runs": sum(run["cell"] == cell["id"] for run in plan.runs),
+        }
+        for cell in plan.study["cells"]
+    ]
+    console.print(cells_table(cells))
+    say(console, f"{total} runs in {len(cells)} cells · {workers} at once · threads each: {threads}")
+    if waiting < total:
+        say(console, f"{total - waiting} of {total} runs are already done")
+    if not waiting:
+        return {"cells": cells, "estimate": None}
+    say(console, "timing a few steps of each kind of run …")
+    estimate = plan.estimate(workers, threads)
+    say(console, f"estimate for all {total} runs on this machine: about {duration(estimate.seconds)}")
+    for line in estimate.detail:
+        say(console, f"  {line}")
+    return {"cells": cells, "estimate": {"seconds": estimate.seconds, "detail": list(estimate.detail)}}
+
+
+def _report(console: Console, root: Path) -> dict[str, Any]:
+    """Write the report of a study, print its table, which ends with the report's path, and return both as JSON."""
+    index = report.build(root)
+    results = report.load(root)
+    console.print(report.render_text(results))
+    return {"report": str(index), "results": report.to_json(results)}
+
+
+def _share_cores(executor: str, workers: int | None, waiting: int) -> tuple[int, int]:
+    """Choose how many runs go at once and how many threads each gets, so that cores are neither idle nor shared."""
+    cores = available_cores()
+    at_once = 1 if executor == "inline" else min(workers or cores, max(waiting, 1))
+    return at_once, max(cores // at_once, 1)
+
+
+def _end(json: bool, document: dict[str, Any], code: int = 0) -> int:
+    """Print the JSON document if asked for, and return the exit code."""
+    if json:
+        print(jsonlib.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+    return code
+
+
+def _plain(value: Any) -> Any:
+    """Turn a value into what JSON can say: no NaN or infinity (null instead), no paths, no tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(member) for member in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

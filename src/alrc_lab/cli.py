@@ -10,6 +10,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ def _dispatch(words: list[str]) -> int:
 
     from alrc_lab.commands import COMMANDS
 
+    if words == ["--version"]:
+        print(f"alrc {metadata.version('alrc')}")
+        return 0
     size = 2 if words[:1] == ["data"] and words[1:2] and words[1] not in ASK else 1
     name, flags = " ".join(words[:size]), words[size:]
     if name in {"", "data", *ASK}:

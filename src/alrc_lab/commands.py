@@ -18,7 +18,7 @@ from rich.console import Console
 
 from alrc_lab import data as data_sets
 from alrc_lab import report, runner
-from alrc_lab.experiments import DESCRIPTIONS, EXPERIMENTS, STUDIES
+from alrc_lab.experiments import DESCRIPTIONS, EXPERIMENTS, PRESETS, STUDIES
 from alrc_lab.live import (
     BytesView,
     RunsView,
@@ -30,7 +30,6 @@ from alrc_lab.live import (
     say,
     states_table,
 )
-from alrc_lab.runner.attempt import available_cores
 
 
 def list_experiments(*, json: bool = False) -> int:
@@ -49,9 +48,9 @@ def list_experiments(*, json: bool = False) -> int:
             {
                 "name": name,
                 "description": DESCRIPTIONS.get(name, ""),
-                "presets": dict(importlib.import_module(module).PRESETS),
+                "presets": PRESETS[name],
             }
-            for name, module in STUDIES.items()
+            for name in STUDIES
         ],
     }
     console = open_console(json)
@@ -136,8 +135,8 @@ def sweep_study(
         if number is not None and number < 1:
             raise ValueError(f"--{name} must be at least 1, not {number}")
     module = load_named(STUDIES, study, "study")
-    if preset not in module.PRESETS:
-        raise ValueError(f"{study} has no preset '{preset}'; it has {', '.join(module.PRESETS)}")
+    if preset not in PRESETS[study]:
+        raise ValueError(f"{study} has no preset '{preset}'; it has {', '.join(PRESETS[study])}")
     plan = module.plan(preset, data=data, seeds=seeds)
     root = Path(plan.default_out) if out is None else out
     console = open_console(json, shows_progress=True)
@@ -149,7 +148,7 @@ def sweep_study(
         folders = _prepare_runs(plan, specs, root)
     states = [runner.inspect_run(folder) for folder in folders if folder.exists()]
     waiting = len(specs) - sum(state.is_done for state in states)
-    workers, threads = _share_cores(executor, workers, waiting)
+    workers, threads = _share_cores(executor, workers)
     document = {"study": study, "preset": preset, "folder": str(root), "data": plan.study["data"]}
     document |= {"executor": executor, "workers": workers, "threads": threads, "total": len(plan.runs)}
     document |= _announce(console, plan, waiting, workers, threads)
@@ -348,10 +347,13 @@ def _report(console: Console, root: Path) -> dict[str, Any]:
     return {"report": str(index), "results": report.to_json(results)}
 
 
-def _share_cores(executor: str, workers: int | None, waiting: int) -> tuple[int, int]:
-    """Choose how many runs go at once and how many threads each gets, so that cores are neither idle nor shared."""
-    cores = available_cores()
-    at_once = 1 if executor == "inline" else min(workers or cores, max(waiting, 1))
+def _share_cores(executor: str, workers: int | None) -> tuple[int, int]:
+    """Choose how many runs go at once and how many threads each gets, so that cores are neither idle nor shared.
+
+    Must not look at how many runs are left: a resumed run needs the number of threads it had, to end with the same sums.
+    """
+    cores = runner.available_cores()
+    at_once = 1 if executor == "inline" else workers or cores
     return at_once, max(cores // at_once, 1)
 
 

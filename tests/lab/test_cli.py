@@ -28,7 +28,6 @@ import numpy as np
 
 ENTRY, EXCLUDED = "specimen:run", ("data", "fail_file")
 INPUTS = {"name": "made up", "source": "embedded", "path": "embedded", "images": 1234, "sha256": "ab" * 32}
-PRESETS = {"tiny": "two cells, two seeds", "huge": "the same, eight seeds"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,8 @@ def specimen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for registry, name in ((experiments.EXPERIMENTS, "specimen"), (experiments.STUDIES, "specimens")):
         monkeypatch.setitem(registry, name, "specimen")
     monkeypatch.setitem(experiments.DESCRIPTIONS, "specimens", "a study for tests")
+    presets = {"tiny": "two cells, two seeds", "huge": "the same, eight seeds"}
+    monkeypatch.setitem(experiments.PRESETS, "specimens", presets)
     quick_report = SimpleNamespace(
         build=lambda root: Path(root) / "report" / "index.html",
         load=lambda root: {"runs": len(json.loads((Path(root) / "study.json").read_text())["runs"])},

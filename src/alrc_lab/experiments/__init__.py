@@ -11,3 +11,12 @@ DESCRIPTIONS = {
     "table1": "does ALRC lower errors where training is unstable, and nowhere else? (paper, Table 1)",
 }
 """One line about each."""
+
+PRESETS = {
+    "table1": {
+        "smoke": "seconds: all five batch-1 cells, tiny, to see that everything works; the numbers mean nothing",
+        "quick": "minutes on two cores: batch 1 at a quarter of the width, enough steps and seeds to see the effect",
+        "paper": "the published protocol: 31 cells, 10 seeds, 100,000 iterations each at full width",
+    }
+}
+"""Sizes of each study, and what each costs."""

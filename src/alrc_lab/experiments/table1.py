@@ -11,15 +11,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from alrc_lab import experiments
 from alrc_lab.data import load_cifar10
 from alrc_lab.experiments import cifar10_supersampling as supersampling
 from alrc_lab.experiments.cifar10_supersampling import Config
 
-PRESETS = {
-    "smoke": "seconds: all five batch-1 cells, tiny, to see that everything works; the numbers mean nothing",
-    "quick": "minutes on two cores: batch 1 at a quarter of the width, enough steps and seeds to see the effect",
-    "paper": "the published protocol: 31 cells, 10 seeds, 100,000 iterations each at full width",
-}
+PRESETS = experiments.PRESETS["table1"]
 """Presets and what each costs."""
 
 PUBLISHED: dict[tuple[str, int], dict[float, tuple[float, float]]] = {
@@ -196,6 +193,7 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
                 }
             )
     final = Config(**runs[0]["config"])
+    panels = [{"id": error, "title": f"{error.capitalize()} error"} for error in dict.fromkeys(c[0] for c in order)]
     study = {
         "schema": 1,
         "study": "table1",
@@ -209,9 +207,7 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
         "metric": {"key": "final_error", "label": "error × 100", "factor": 100, "better": "lower"},
         "curve": {"column": "error", "factor": 100, "label": "unlimited error × 100", "boxcar": chosen.boxcar},
         "stream": {"loss": "loss_max", "limit": "limit"},
-        "panels": [
-            {"id": error, "title": f"{error.capitalize()} error"} for error in dict.fromkeys(c[0] for c in order)
-        ],
+        "panels": panels,
         "cells": cells,
         "differences": _differences(final, chosen, description),
         "notes": [

@@ -1,0 +1,171 @@
+"""Known-wrong implementations of ALRC: each check must go red on the ones it is there for.
+
+All have the interface of `alrc.torch.ALRC`. Every one is a mistake that somebody published or nearly made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from alrc import rules
+from alrc.moments import Moments
+from alrc.ops import NUMPY, Ops
+from alrc.rules import Decision
+from alrc.torch import ALRC
+from torch import Tensor
+
+
+class LimitingDisabled(ALRC):
+    """Learn the moments and limit nothing."""
+
+    def forward(self, losses: Tensor) -> Tensor:
+        super().forward(losses)
+        return losses.clone()
+
+
+class GradientZeroed(ALRC):
+    """Select the limit instead of scaling: right values, no gradient where limited."""
+
+    def forward(self, losses: Tensor) -> Tensor:
+        limit = self.limit.to(losses.dtype)
+        super().forward(losses)
+        return torch.where(losses < limit, losses, limit)
+
+
+class LiteralFormula(ALRC):
+    """Apply L · (L_max / L) wherever L > L_max, whatever the signs and whether finite or not."""
+
+    def forward(self, losses: Tensor) -> Tensor:
+        with torch.no_grad():
+            limit = self.mean + self.rule.num_stddev * self.var.sqrt() + 0 * losses
+        super().forward(losses.detach())
+        return torch.where(losses > limit, losses * (limit / losses).detach(), losses)
+
+
+class BatchMeanLimited(ALRC):
+    """Limit the mean of a batch, and all its losses by that one factor."""
+
+    def forward(self, losses: Tensor) -> Tensor:
+        mean = losses.detach().mean()
+        return losses * (super().forward(mean) / mean)
+
+
+class _OtherRule(ALRC):
+    """Apply a wrong rule through the right module."""
+
+    @classmethod
+    def wrong(cls, rule: rules.ALRC) -> rules.ALRC:
+        """Return the wrong rule for the same settings."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_rule(cls, rule: rules.ALRC) -> Self:
+        return super().from_rule(cls.wrong(rule))
+
+
+class UnlimitedFeed(_OtherRule):
+    """Feed the moments with unlimited losses where limited ones are asked for."""
+
+    @classmethod
+    def wrong(cls, rule: rules.ALRC) -> rules.ALRC:
+        return replace(rule, feed="unlimited")
+
+
+class _BiasedDecayRule(rules.ALRC):
+    """Keep β - 0.002 of the old raw moments and add 1 - β of the new: 0.997 and 0.001 for β = 0.999."""
+
+    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
+        after = super().update(losses, decision, state, ops)
+        mean = after.mu1 - 0.002 * state.mu1
+        return Moments(mean, after.mu2 - 0.002 * state.mu2 - mean * mean, after.count)
+
+
+class BiasedDecay(_OtherRule):
+    """Decay the moments by weights that do not sum to one."""
+
+    @classmethod
+    def wrong(cls, rule: rules.ALRC) -> rules.ALRC:
+        return _BiasedDecayRule(**vars(rule))
+
+
+class _RawMomentsRule(rules.ALRC):
+    """Average L and L² and subtract, in the precision of the state."""
+
+    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
+        weight = 1 - self.betas[0]
+        fed = decision.limited
+        mean = (1 - weight) * state.mu1 + weight * fed.mean()
+        square = (1 - weight) * state.mu2 + weight * (fed * fed).mean()
+        return Moments(mean, square - mean * mean, state.count + 1)
+
+
+class RawMoments(_OtherRule):
+    """Keep raw moments in float32."""
+
+    @classmethod
+    def wrong(cls, rule: rules.ALRC) -> rules.ALRC:
+        return _RawMomentsRule(**vars(rule))
+
+
+class _UpdateFirstRule(rules.ALRC):
+    """Take the losses into the moments, then make the limit that holds them."""
+
+    def decide(self, losses: Any, state: Moments, ops: Ops = NUMPY) -> Decision:
+        first = super().decide(losses, state, ops)
+        return super().decide(losses, super().update(losses, first, state, ops), ops)
+
+
+class UpdateFirst(_OtherRule):
+    """Limit after the update instead of before it."""
+
+    @classmethod
+    def wrong(cls, rule: rules.ALRC) -> rules.ALRC:
+        return _UpdateFirstRule(**vars(rule))
+
+
+class _PoisonedRule(rules.ALRC):
+    """Average whatever comes in, NaN included."""
+
+    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
+        after = super().update(losses, decision, state, ops)
+        return Moments(after.mean + 0 * losses.mean(), after.var, after.count)
+
+
+class NonfiniteEnters(_OtherRule):
+    """Let NaN and infinity enter the moments."""
+
+    @classmethod
+    def wrong(cls, rule: rules.ALRC) -> rules.ALRC:
+        return _PoisonedRule(**vars(rule))
+
+
+class NonfiniteCounted(_OtherRule):
+    """Keep NaN out of the sums and forget to leave it out of the number of losses."""
+
+    @classmethod
+    def wrong(cls, rule: rules.ALRC) -> rules.ALRC:
+        return _DilutedRule(**vars(rule))
+
+
+class _DilutedRule(rules.ALRC):
+    """Divide by the number of all elements."""
+
+    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
+        whole = decision._replace(scale=0 * decision.scale + 1)
+        return super().update(losses, whole, state, ops)
+
+
+MUTANTS: tuple[type[ALRC], ...] = (
+    LimitingDisabled,
+    GradientZeroed,
+    LiteralFormula,
+    BatchMeanLimited,
+    UnlimitedFeed,
+    BiasedDecay,
+    RawMoments,
+    UpdateFirst,
+    NonfiniteEnters,
+    NonfiniteCounted,
+)

@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 import torch
-from side_by_side import describe_ratio, header, time_rounds
 
 from alrc_lab.experiments.cifar10_supersampling import Config, Trainer, build_network
+from side_by_side import describe_ratio, header, time_rounds
 
 
 def main(threads: int = 1) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 
 import torch
-from side_by_side import describe_ratio, header, time_rounds
 
 from alrc.torch import ALRC
 from alrc_lab.experiments.cifar10_supersampling import build_network
+from side_by_side import describe_ratio, header, time_rounds
 
 LIMITERS = {"ALRC()": ALRC, "ALRC.reference()": ALRC.reference, "ALRC.paper()": ALRC.paper}
 

@@ -1,4 +1,4 @@
-"""Time callables side by side in one process: alternating rounds, so that a busy machine slows all of them alike."""
+"""Time callables side by side in one process: alternating rounds, so that a busy machine slows all alike."""
 
 from __future__ import annotations
 

@@ -55,8 +55,20 @@ class Ops(Protocol):
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         ...
 
-    def ndim(self, x: Any, /) -> int:
-        """Return the number of axes, a Python integer."""
+    def reciprocal(self, x: Any, /) -> Any:
+        """Return 1 / x as a float for an integer 0-d `x`."""
+        ...
+
+    def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
+        """Return x + factor · y."""
+        ...
+
+    def size(self, x: Any, /) -> int:
+        """Return the number of elements, a Python integer."""
+        ...
+
+    def scalar(self, x: Any, /) -> Any:
+        """Return an array of one element without its axes, and any other array as it is."""
         ...
 
     def largest(self, x: Any, /) -> float:
@@ -104,9 +116,21 @@ class NumpyOps:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         return self.where(np.isfinite(x), x, value)
 
-    def ndim(self, x: Any, /) -> int:
-        """Return the number of axes."""
-        return np.ndim(x)
+    def reciprocal(self, x: Any, /) -> Any:
+        """Return 1 / x."""
+        return 1.0 / x
+
+    def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
+        """Return x + factor · y."""
+        return x + factor * y
+
+    def size(self, x: Any, /) -> int:
+        """Return the number of elements."""
+        return int(np.size(x))
+
+    def scalar(self, x: Any, /) -> Any:
+        """Return an array of one element without its axes, and any other array as it is."""
+        return np.reshape(x, ())[()] if np.size(x) == 1 else x
 
     def largest(self, x: Any, /) -> float:
         """Return the largest finite number of the array's dtype."""

@@ -8,7 +8,7 @@ must import no framework, and must never import `reference.py`, which checks it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from alrc.moments import Moments
@@ -85,6 +85,7 @@ class ALRC:
     """
 
     num_stddev: float = 3.0
+    _: KW_ONLY
     betas: tuple[float, float] = (0.999, 0.999)
     start: Literal["auto"] | tuple[float, float] = "auto"
     feed: Literal["limited", "unlimited"] = "limited"
@@ -138,7 +139,7 @@ class ALRC:
         Returns:
             The rule.
         """
-        return cls(num_stddev, betas, (mu1, mu2), feed="unlimited", second_moment="mean")
+        return cls(num_stddev, betas=betas, start=(mu1, mu2), feed="unlimited", second_moment="mean")
 
     @classmethod
     def reference(
@@ -161,7 +162,7 @@ class ALRC:
         Returns:
             The rule.
         """
-        return cls(num_stddev, (decay, decay), (mu1_start, mu2_start), eps=1e-8)
+        return cls(num_stddev, betas=(decay, decay), start=(mu1_start, mu2_start), eps=1e-8)
 
     @classmethod
     def cifar_scripts(cls, num_stddev: float = 3.0) -> ALRC:
@@ -176,7 +177,7 @@ class ALRC:
         Returns:
             The rule.
         """
-        return cls(num_stddev, (0.997, 0.997), (30.0, 1200.0), eps=1e-3, gain=1 / 3)
+        return cls(num_stddev, betas=(0.997, 0.997), start=(30.0, 1200.0), eps=1e-3, gain=1 / 3)
 
     @property
     def is_auto(self) -> bool:
@@ -232,8 +233,8 @@ class ALRC:
         """
         valid = ops.ceil(decision.scale)
         fed = decision.limited if self.feed == "limited" else ops.replace_nonfinite(losses, 0.0)
-        number, mean, var = valid, fed, None
-        if ops.ndim(fed):
+        number, mean, var = ops.scalar(valid), ops.scalar(fed), None
+        if ops.size(fed) != 1:
             number = ops.total(valid)
             divisor = ops.maximum(number, 1.0)
             mean = ops.total(fed) / divisor
@@ -255,7 +256,7 @@ class ALRC:
             mean = self.gain * mean
         if self.betas[0] != self.betas[1]:
             var = ops.maximum(var, 0.0)
-        limit = mean + self.num_stddev * ops.sqrt(var + self.eps if self.eps else var)
+        limit = ops.add_scaled(mean, ops.sqrt(var + self.eps if self.eps else var), self.num_stddev)
         is_limiting = limit > 0
         if self.is_auto:
             is_limiting = is_limiting & (state.count >= self.observe)
@@ -264,7 +265,7 @@ class ALRC:
     def _weight(self, beta: float, state: Moments, some: Any, ops: Ops) -> Any:
         """Return the weight of a batch in a running moment: 1 - β, or 1/t while the memory fills (S9)."""
         if self.is_auto:
-            return ops.maximum(1.0 / (state.count + 1), 1 - beta) * some
+            return ops.maximum(ops.reciprocal(state.count + 1), 1 - beta) * some
         return (1 - beta) * some
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from torch import Tensor, nn
+
 from alrc import rules
 from alrc.moments import Moments
 from alrc.moments import estimate_start as estimate_start
-from torch import Tensor, nn
 
 __all__ = ["ALRC", "Huber", "Telemetry", "estimate_start"]
 
@@ -60,9 +61,21 @@ class _TorchOps:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         return torch.nan_to_num(x, nan=value, posinf=value, neginf=value)
 
-    def ndim(self, x: Tensor, /) -> int:
-        """Return the number of axes."""
-        return x.ndim
+    def reciprocal(self, x: Tensor, /) -> Tensor:
+        """Return 1 / x."""
+        return torch.reciprocal(x)
+
+    def add_scaled(self, x: Tensor, y: Tensor, factor: float, /) -> Tensor:
+        """Return x + factor · y."""
+        return torch.add(x, y, alpha=factor)
+
+    def size(self, x: Tensor, /) -> int:
+        """Return the number of elements."""
+        return x.numel()
+
+    def scalar(self, x: Tensor, /) -> Tensor:
+        """Return a tensor of one element without its axes, and any other tensor as it is."""
+        return x.reshape(()) if x.numel() == 1 and x.ndim else x
 
     def largest(self, x: Tensor, /) -> float:
         """Return the largest finite number of the dtype."""
@@ -79,14 +92,15 @@ class _ScaleGradient(torch.autograd.Function):
     def forward(ctx: Any, losses: Tensor, limited: Tensor, scale: Tensor) -> Tensor:
         """Return the limited values."""
         ctx.save_for_backward(scale)
-        return limited.to(losses.dtype).detach()
+        return limited.detach() if limited.dtype == losses.dtype else limited.to(losses.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
         """Scale the gradient of each loss."""
         (scale,) = ctx.saved_tensors
         (gradient,) = grad_outputs
-        return (gradient * scale).to(gradient.dtype), None, None
+        scaled = gradient * scale
+        return scaled if scaled.dtype == gradient.dtype else scaled.to(gradient.dtype), None, None
 
 
 class _TransformableScaleGradient(_ScaleGradient):
@@ -179,7 +193,18 @@ class ALRC(nn.Module):
         observe: int = 32,
     ) -> None:
         super().__init__()
-        self._hold(rules.ALRC(num_stddev, betas, start, feed, second_moment, eps, gain, observe))
+        self._hold(
+            rules.ALRC(
+                num_stddev,
+                betas=betas,
+                start=start,
+                feed=feed,
+                second_moment=second_moment,
+                eps=eps,
+                gain=gain,
+                observe=observe,
+            )
+        )
 
     @classmethod
     def from_rule(cls, rule: rules.ALRC) -> Self:
@@ -240,15 +265,13 @@ class ALRC(nn.Module):
         if not self.training:
             return losses
         with torch.no_grad():
-            values = losses.detach()
-            if values.dtype.itemsize < self.mean.dtype.itemsize:
-                values = values.to(self.mean.dtype)
             state = Moments(self.mean, self.var, self.count)
+            values = losses.detach()
+            if values.dtype.itemsize < state.mean.dtype.itemsize:
+                values = values.to(state.mean.dtype)
             decision = self.rule.decide(values, state, _TORCH)
-            updated = self.rule.update(values, decision, state, _TORCH)
-            self.mean.copy_(updated.mean)
-            self.var.copy_(updated.var)
-            self.count.copy_(updated.count)
+            for old, new in zip(state, self.rule.update(values, decision, state, _TORCH), strict=True):
+                old.copy_(new)
         self._seen = decision.scale, decision.ceiling
         return _scale_gradient(losses, decision.limited, decision.scale)
 
@@ -310,9 +333,7 @@ class ALRC(nn.Module):
         self._seen = None
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **others: Any) -> None:
         """Refuse a state that another version of the rule wrote."""
         version = state_dict.get(f"{prefix}version")
         if version is not None and int(version) != _STATE_VERSION:
@@ -320,7 +341,7 @@ class ALRC(nn.Module):
                 f"the ALRC state under '{prefix}' has version {int(version)}, but this alrc reads version "
                 f"{_STATE_VERSION}; load it with the alrc that wrote it, or leave its four entries out to start afresh."
             )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **others)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last losses out of copies and pickles."""

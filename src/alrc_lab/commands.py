@@ -350,7 +350,7 @@ def _report(console: Console, root: Path) -> dict[str, Any]:
 def _share_cores(executor: str, workers: int | None) -> tuple[int, int]:
     """Choose how many runs go at once and how many threads each gets, so that cores are neither idle nor shared.
 
-    Must not look at how many runs are left: a resumed run needs the number of threads it had, to end with the same sums.
+    Must not look at how many runs are left: a resumed run needs the threads it had, to end with the same sums.
     """
     cores = runner.available_cores()
     at_once = 1 if executor == "inline" else workers or cores

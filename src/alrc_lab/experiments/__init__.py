@@ -15,7 +15,7 @@ DESCRIPTIONS = {
 PRESETS = {
     "table1": {
         "smoke": "seconds: all five batch-1 cells, tiny, to see that everything works; the numbers mean nothing",
-        "quick": "minutes on two cores: batch 1 at a quarter of the width, enough steps and seeds to see the effect",
+        "quick": "minutes on two cores: batch 1, an eighth of the width, enough updates and seeds to see the effect",
         "paper": "the published protocol: 31 cells, 10 seeds, 100,000 iterations each at full width",
     }
 }

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-import torch
 from alrc.torch import ALRC, Huber
 from alrc_lab.data import ImageSet, load_cifar10
 from alrc_lab.experiments.recorder import Recorder
-from torch import Tensor, nn
 
 ENTRY = "alrc_lab.experiments.cifar10_supersampling:run"
 EXCLUDED = ("data",)
@@ -94,8 +94,13 @@ def resolve(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns:
         The configuration and the description of the data set, both ready for JSON.
     """
+    return resolve_config(config), load_cifar10(config.data).describe()
+
+
+def resolve_config(config: Config) -> dict[str, Any]:
+    """Fill in every default, ready for JSON."""
     window = config.final_window or max(1, config.iterations // 20)
-    return asdict(replace(config, final_window=window)), load_cifar10(config.data).describe()
+    return asdict(replace(config, final_window=window))
 
 
 # --- Data: the images live on the device as uint8; a block of updates is augmented at once. ---

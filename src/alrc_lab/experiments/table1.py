@@ -50,7 +50,7 @@ def _preset(name: str) -> _Preset:
     if name == "smoke":
         return _Preset(QUICK_CELLS, 2, Config(width=4, iterations=384, final_window=128), 32)
     if name == "quick":
-        return _Preset(QUICK_CELLS, 6, Config(width=16, iterations=4096, final_window=512), 200)
+        return _Preset(QUICK_CELLS, 4, Config(width=8, iterations=10_000, final_window=2_000), 250)
     if name == "paper":
         order = [math.inf, 4.0, 3.0, 2.0]
         cells = [(error, batch, n) for (error, batch), row in PUBLISHED.items() for n in order if n in row]
@@ -180,12 +180,11 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
         )
         for seed in range(chosen.seeds):
             config = _configure(chosen.config, error, batch_size, n, seed, data)
-            resolved, inputs = supersampling.resolve(config)
             runs.append(
                 {
                     "entry": supersampling.ENTRY,
-                    "config": resolved,
-                    "inputs": inputs,
+                    "config": supersampling.resolve_config(config),
+                    "inputs": description,
                     "excluded": supersampling.EXCLUDED,
                     "name": supersampling.name_of(config),
                     "cell": cells[-1]["id"],

@@ -1,0 +1,122 @@
+"""Check what the study of Table 1 plans, and one of its runs killed for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alrc_lab import runner
+
+pytest.importorskip("torch", reason="the experiment trains with torch")
+from alrc_lab.experiments import cifar10_supersampling as experiment
+from alrc_lab.experiments import table1
+
+
+def test_paper_is_the_published_table() -> None:
+    plan = table1.plan("paper", data="embedded")
+    assert len(plan.runs) == 310
+    assert len(plan.study["cells"]) == 31
+    assert set(Counter(run["cell"] for run in plan.runs).values()) == {10}
+    for run in plan.runs:
+        config = run["config"]
+        assert (config["iterations"], config["final_window"], config["width"]) == (100_000, 5_000, 64)
+        assert config["learning_rate"] == 1 / 1280
+        assert config["drop_at"] == (54_687 if config["batch_size"] == 64 else None)
+        assert (config["variant"], config["precision"]) == ("reference", "float32")
+    published = {(c["panel"], c["column"], c["row"]): c["published"]["mean"] for c in plan.study["cells"]}
+    assert published["quartic", "batch 1", "∞"] == 3.88
+    assert published["squared", "batch 64", "3"] == 3.90
+    assert ("squared", "batch 64", "2") not in published
+    assert sum(published.values()) == pytest.approx(SUM_OF_TABLE_1)
+    assert plan.study["differences"][0].startswith("Data:")
+
+
+SUM_OF_TABLE_1 = (
+    (5.55 + 4.96 + 4.58)
+    + (5.52 + 4.96 + 4.58 + 3.90)
+    + (5.56 + 4.97 + 4.58 + 3.89)
+    + (5.55 + 4.98 + 4.59 + 3.89)
+    + (3.54 + 3.02 + 2.60 + 1.65)
+    + (3.59 + 3.08 + 2.61 + 1.58)
+    + (3.61 + 3.13 + 2.64 + 1.57)
+    + (3.88 + 3.32 + 2.74 + 1.61)
+)
+
+
+@pytest.mark.parametrize("preset", ["smoke", "quick"])
+def test_small_presets_hold_the_five_cells(preset: str) -> None:
+    plan = table1.plan(preset, data="embedded")
+    cells = {(c["panel"], c["row"]): c["baseline"] for c in plan.study["cells"]}
+    quartic, squared = "quartic-b1-ninf", "squared-b1-ninf"
+    assert cells == {
+        ("quartic", "∞"): None,
+        ("quartic", "3"): quartic,
+        ("quartic", "2"): quartic,
+        ("squared", "∞"): None,
+        ("squared", "3"): squared,
+    }
+    seeds = {cell: {r["seed"] for r in plan.runs if r["cell"] == cell} for cell in (quartic, "quartic-b1-n3")}
+    assert seeds[quartic] == seeds["quartic-b1-n3"]
+    assert len(seeds[quartic]) > 1
+    assert all(run["config"]["num_stddev"] is None for run in plan.runs if run["cell"] == quartic)
+    assert any("Width" in sentence for sentence in plan.study["differences"])
+
+
+def test_seeds_and_errors() -> None:
+    assert len(table1.plan("quick", data="embedded", seeds=3).runs) == 15
+    with pytest.raises(ValueError, match="0"):
+        table1.plan("quick", data="embedded", seeds=0)
+    with pytest.raises(ValueError, match="medium"):
+        table1.plan("medium", data="embedded")
+
+
+def test_estimate_adds_up() -> None:
+    plan = table1.plan("smoke", data="embedded")
+    one, two = plan.estimate(1, 1), plan.estimate(2, 1)
+    assert one.seconds > 0
+    assert 0.2 < two.seconds / one.seconds < 2, "half of it, up to the noise of a busy machine"
+    assert "3,840 updates" in one.detail[0]
+
+
+def test_a_run_that_is_killed_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path) -> None:
+    config = experiment.Config(
+        width=4, iterations=1500, final_window=200, num_stddev=2, variant="auto", data="embedded"
+    )
+    resolved, inputs = experiment.resolve(config)
+    assert resolved == {**asdict(config)}
+    spec = runner.RunSpec(experiment.ENTRY, resolved, inputs, experiment.EXCLUDED, experiment.name_of(config))
+    whole = runner.prepare(spec, tmp_path / "whole")
+    killed = runner.prepare(spec, tmp_path / "killed")
+    code = "import sys; from pathlib import Path; from alrc_lab import runner; " + (
+        "runner.execute(Path(sys.argv[1]), checkpoint_every_s=0.0)"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(killed)]
+    latest = killed / "checkpoint" / "latest.json"
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 60
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.15)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (killed / "result.json").exists()
+    assert 0 < json.loads(latest.read_text())["step"] < 1500
+    for folder in (killed, whole):
+        subprocess.run([*command[:3], str(folder)], env=environment, check=True, timeout=120)
+    states = [runner.inspect_run(folder) for folder in (killed, whole)]
+    assert [state.state for state in states] == ["finished", "finished"]
+    assert states[0].summary == states[1].summary
+    resumed, unbroken = (runner.read_metrics(folder) for folder in (killed, whole))
+    assert all(np.array_equal(resumed[key], unbroken[key]) for key in unbroken)
+    assert len(json.loads((killed / "env.json").read_text())["attempts"]) == 2

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from alrc import rules
 from alrc.moments import Moments
 from alrc.torch import ALRC
-from numpy.typing import NDArray
 
 
 class Step(NamedTuple):
@@ -28,8 +29,8 @@ class Step(NamedTuple):
 class Driver(Protocol):
     """An implementation under test, with its state."""
 
-    dtype: type[np.floating[Any]]
-    """Precision of losses and state."""
+    dtype: Any
+    """Numpy type of losses and state."""
 
     def step(self, losses: Any) -> Step:
         """Limit the losses, find their gradients, update the state."""
@@ -46,8 +47,9 @@ Make = Callable[[rules.ALRC], Driver]
 class NumpyDriver:
     """Step the pure rule; its gradient is the scale it decides."""
 
-    def __init__(self, rule: rules.ALRC, dtype: type[np.floating[Any]] = np.float64) -> None:
-        self.rule, self.dtype = rule, dtype
+    def __init__(self, rule: rules.ALRC, dtype: Any = np.float64) -> None:
+        self.rule = rule
+        self.dtype: Any = dtype
         self.state = self._rounded(rule.init())
 
     def step(self, losses: Any) -> Step:
@@ -67,9 +69,9 @@ class NumpyDriver:
 class TorchDriver:
     """Step a torch module; its gradient comes back through autograd."""
 
-    def __init__(self, module: torch.nn.Module, call: Callable[..., Any] | None = None, double: bool = False) -> None:
+    def __init__(self, module: ALRC, call: Callable[..., Any] | None = None, double: bool = False) -> None:
         self.module, self.call = module, module if call is None else call
-        self.dtype = np.float64 if double else np.float32
+        self.dtype: Any = np.float64 if double else np.float32
 
     def step(self, losses: Any) -> Step:
         leaf = torch.tensor(np.asarray(losses, dtype=self.dtype), requires_grad=True)

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
+from torch import Tensor
+
 from alrc import rules
 from alrc.moments import Moments
 from alrc.ops import NUMPY, Ops
 from alrc.rules import Decision
 from alrc.torch import ALRC
-from torch import Tensor
 
 
 class LimitingDisabled(ALRC):
@@ -141,20 +142,20 @@ class NonfiniteEnters(_OtherRule):
         return _PoisonedRule(**vars(rule))
 
 
+class _DilutedRule(rules.ALRC):
+    """Take what is not finite for a loss of zero."""
+
+    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
+        finite = ops.replace_nonfinite(losses, 0.0)
+        return super().update(finite, super().decide(finite, state, ops), state, ops)
+
+
 class NonfiniteCounted(_OtherRule):
     """Keep NaN out of the sums and forget to leave it out of the number of losses."""
 
     @classmethod
     def wrong(cls, rule: rules.ALRC) -> rules.ALRC:
         return _DilutedRule(**vars(rule))
-
-
-class _DilutedRule(rules.ALRC):
-    """Divide by the number of all elements."""
-
-    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
-        whole = decision._replace(scale=0 * decision.scale + 1)
-        return super().update(losses, whole, state, ops)
 
 
 MUTANTS: tuple[type[ALRC], ...] = (

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
 from alrc import rules
 from alrc.moments import Moments
 from alrc.ops import NUMPY, NumpyOps, Ops
 from alrc.rules import ALRC, Huber
-from hypothesis import example, given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 NAN, INF = float("nan"), float("inf")
 START = (1.0, 1.04)
@@ -62,7 +63,7 @@ INVALID = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "value"), INVALID, ids=lambda thing: str(thing))
+@pytest.mark.parametrize(("settings", "value"), INVALID, ids=str)
 def test_invalid_setting_is_named(make: Callable[..., Any], settings: dict[str, Any], value: str) -> None:
     with pytest.raises(ValueError, match=f"{re.escape(value)}(?![0-9])") as caught:
         make(**settings)
@@ -115,11 +116,10 @@ def test_numpy_ops_are_ops() -> None:
 
 
 def test_presets_say_what_was_published() -> None:
-    assert ALRC.paper(2.0, (0.9, 0.99), 4.0, 20.0) == ALRC(
-        2.0, (0.9, 0.99), (4.0, 20.0), feed="unlimited", second_moment="mean"
-    )
-    assert ALRC.reference() == ALRC(3.0, (0.999, 0.999), (25.0, 900.0), eps=1e-8)
-    assert ALRC.reference(2.0, 0.99, 6.0, 60.0) == ALRC(2.0, (0.99, 0.99), (6.0, 60.0), eps=1e-8)
+    paper = ALRC(2.0, betas=(0.9, 0.99), start=(4.0, 20.0), feed="unlimited", second_moment="mean")
+    assert ALRC.paper(2.0, (0.9, 0.99), 4.0, 20.0) == paper
+    assert ALRC.reference() == ALRC(3.0, betas=(0.999, 0.999), start=(25.0, 900.0), eps=1e-8)
+    assert ALRC.reference(2.0, 0.99, 6.0, 60.0) == ALRC(2.0, betas=(0.99, 0.99), start=(6.0, 60.0), eps=1e-8)
 
 
 def test_cifar_scripts_is_the_published_update() -> None:
@@ -157,7 +157,7 @@ NASTY = [
     INF,
     -INF,
 ]
-ANY_LOSS = st.one_of(st.floats(), st.sampled_from(NASTY), st.floats(0.01, 100))
+ANY_LOSS = st.one_of(st.sampled_from(NASTY), st.sampled_from([0.5, 1.0, 2.0, 1e38]), st.floats())
 ANY_RULE = st.sampled_from(
     [
         ALRC(observe=1),
@@ -177,6 +177,7 @@ ANY_RULE = st.sampled_from(
 @given(rule=ANY_RULE, stream=st.lists(st.lists(ANY_LOSS, min_size=1, max_size=4), min_size=1, max_size=8))
 @example(rule=ALRC.paper(3.0, (0.99, 0.9), 1.0, 1.04), stream=[[1e300], [1.0]])
 @example(rule=ALRC(observe=1), stream=[[1e300], [1.0], [1.0]])
+@example(rule=ALRC(observe=1), stream=[[1e38], [1.0], [1.0]])
 def test_scale_is_always_a_factor_from_zero_to_one(rule: ALRC, stream: list[list[float]], dtype: Any) -> None:
     start = rule.init()
     state = Moments(dtype(start.mean), dtype(start.var), start.count)
@@ -204,16 +205,6 @@ def test_untouched_losses_are_untouched(losses: np.ndarray) -> None:
     large = np.isfinite(losses) & ~small
     assert np.all(decision.limited[large] == limit)
     assert np.all(decision.scale[large] == limit / losses[large])
-
-
-def test_a_finite_loss_counts_however_large_it_is() -> None:
-    """A factor that underflows to zero must not make the loss look like an infinite one."""
-    rule = ALRC(betas=(0.5, 0.5), start=(1e-200, 1.04e-400 + 2e-320))
-    state = rule.init()
-    limit = rule.limit(state)
-    losses = np.array([1e300, 1e-200])
-    after = rule.update(losses, rule.decide(losses, state), state)
-    assert after.mean == pytest.approx(0.5e-200 + 0.5 * (limit + 1e-200) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("observe", [1, 5, 32])

@@ -27,6 +27,10 @@ class Ops(Protocol):
         """Return the element-wise maximum of `x` and a number `y`."""
         ...
 
+    def minimum(self, x: Any, y: Any, /) -> Any:
+        """Return the element-wise minimum of `x` and a number `y`."""
+        ...
+
     def where(self, condition: Any, x: Any, y: Any, /) -> Any:
         """Select `x` where the condition holds, else `y`; either may be a number."""
         ...
@@ -55,10 +59,6 @@ class Ops(Protocol):
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         ...
 
-    def reciprocal(self, x: Any, /) -> Any:
-        """Return 1 / x as a float for an integer 0-d `x`."""
-        ...
-
     def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
         """Return x + factor · y."""
         ...
@@ -69,10 +69,6 @@ class Ops(Protocol):
 
     def scalar(self, x: Any, /) -> Any:
         """Return an array of one element without its axes, and any other array as it is."""
-        ...
-
-    def largest(self, x: Any, /) -> float:
-        """Return the largest finite number of the array's dtype."""
         ...
 
 
@@ -86,6 +82,10 @@ class NumpyOps:
     def maximum(self, x: Any, y: Any, /) -> Any:
         """Return the element-wise maximum of `x` and a number `y`."""
         return np.maximum(x, y)
+
+    def minimum(self, x: Any, y: Any, /) -> Any:
+        """Return the element-wise minimum of `x` and a number `y`."""
+        return np.minimum(x, y)
 
     def where(self, condition: Any, x: Any, y: Any, /) -> Any:
         """Select `x` where the condition holds, else `y`."""
@@ -116,10 +116,6 @@ class NumpyOps:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         return self.where(np.isfinite(x), x, value)
 
-    def reciprocal(self, x: Any, /) -> Any:
-        """Return 1 / x."""
-        return 1.0 / x
-
     def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
         """Return x + factor · y."""
         return x + factor * y
@@ -131,10 +127,6 @@ class NumpyOps:
     def scalar(self, x: Any, /) -> Any:
         """Return an array of one element without its axes, and any other array as it is."""
         return np.reshape(x, ())[()] if np.size(x) == 1 else x
-
-    def largest(self, x: Any, /) -> float:
-        """Return the largest finite number of the array's dtype."""
-        return float(np.finfo(np.asarray(x).dtype).max)
 
 
 NUMPY = NumpyOps()

@@ -78,6 +78,8 @@ def alrc_trace(
         limit = gain * mu1 + num_stddev * math.sqrt(max(gain * mu2 - (gain * mu1) ** 2, 0.0) + eps)
         if limit <= 0 or (start == "auto" and updates < observe):
             limit = math.inf
+        ceiling = min(limit, 1e15)
+        limit = limit if limit < 1e15 else math.inf
         limited: list[float] = []
         scale: list[float] = []
         fed: list[float] = []
@@ -85,10 +87,10 @@ def alrc_trace(
             if not math.isfinite(loss):
                 limited.append(0.0)
                 scale.append(0.0)
-            elif loss > limit:
-                limited.append(limit)
-                scale.append(limit / loss)
-                fed.append(limit if feed == "limited" else loss)
+            elif loss > ceiling:
+                limited.append(ceiling)
+                scale.append(ceiling / loss)
+                fed.append(ceiling if feed == "limited" else min(loss, 1e15))
             else:
                 limited.append(loss)
                 scale.append(1.0)

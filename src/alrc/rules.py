@@ -8,13 +8,17 @@ must import no framework, and must never import `reference.py`, which checks it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from alrc.moments import Moments
 from alrc.ops import NUMPY, Ops
 
-__all__ = ["ALRC", "Decision", "Huber", "Rule"]
+__all__ = ["ALRC", "LARGEST_LOSS", "Decision", "Huber", "Rule"]
+
+LARGEST_LOSS = 1e15
+"""Ceiling of all losses, limit or not (S8): the square of a larger one could not be summed in float32."""
 
 
 class Decision(NamedTuple):
@@ -28,7 +32,7 @@ class Decision(NamedTuple):
     scale: Any
     """Gradient factor in [0, 1], shape of the losses: 1 where untouched, 0 exactly where the loss is not finite."""
     ceiling: Any
-    """The 0-d limit that was applied; the largest finite number where nothing is limited (S7, S9)."""
+    """The 0-d limit that was applied; `LARGEST_LOSS` where there was none (S7, S9)."""
 
 
 @runtime_checkable
@@ -99,7 +103,9 @@ class ALRC:
             raise ValueError(
                 f"num_stddev must be a positive finite number, got {self.num_stddev}; to limit nothing, leave ALRC out."
             )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        betas: Any = self.betas  # whatever a configuration file held
+        start: Any = self.start
+        if not isinstance(betas, Sequence) or len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two decay rates in [0, 1), got {self.betas}.")
         if self.feed not in ("limited", "unlimited"):
             raise ValueError(f"feed must be 'limited' or 'unlimited', got {self.feed!r}.")
@@ -112,10 +118,10 @@ class ALRC:
         if self.is_auto:
             if isinstance(self.observe, bool) or not 1 <= self.observe <= 32 or self.observe != int(self.observe):
                 raise ValueError(f"observe must be a whole number of updates from 1 to 32, got {self.observe}.")
-        elif isinstance(self.start, str) or len(self.start) != 2:
+        elif isinstance(self.start, str) or not isinstance(start, Sequence) or len(self.start) != 2:
             raise ValueError(f"start must be 'auto' or a pair (mu1, mu2), got {self.start!r}.")
-        else:
-            Moments.from_raw(*self.start)
+        elif Moments.from_raw(*self.start).mu2 > LARGEST_LOSS**2:
+            raise ValueError(f"start must have mu2 up to {LARGEST_LOSS**2:g}, got {self.start!r}; scale the loss down.")
 
     @classmethod
     def paper(
@@ -199,7 +205,7 @@ class ALRC:
             0-d array in the dtype of the moments, > 0.
         """
         ceiling = self._ceiling(state, ops)
-        return ops.where(ceiling < ops.largest(state.mean), ceiling, math.inf)
+        return ops.where(ceiling < LARGEST_LOSS, ceiling, math.inf)
 
     def decide(self, losses: Any, state: Moments, ops: Ops = NUMPY) -> Decision:
         """Decide the limited values and gradient factors of `losses`.
@@ -232,24 +238,29 @@ class ALRC:
             The new moments; equal to `state` when no loss was finite (S8).
         """
         valid = ops.ceil(decision.scale)
-        fed = decision.limited if self.feed == "limited" else ops.replace_nonfinite(losses, 0.0)
-        number, mean, var = ops.scalar(valid), ops.scalar(fed), None
-        if ops.size(fed) != 1:
+        fed = decision.limited
+        if self.feed == "unlimited":
+            fed = ops.minimum(ops.replace_nonfinite(losses, 0.0), LARGEST_LOSS)
+        var = None
+        if ops.size(fed) == 1:
+            number = some = ops.scalar(valid)
+            mean = ops.maximum(ops.scalar(fed), -LARGEST_LOSS)
+        else:
             number = ops.total(valid)
             divisor = ops.maximum(number, 1.0)
-            mean = ops.total(fed) / divisor
+            some = number / divisor
+            mean = ops.maximum(ops.total(fed) / divisor, -LARGEST_LOSS)
             if self.second_moment == "elements":
                 deviation = valid  # reuse its memory: fed - mean where valid, 0 - 0 elsewhere
                 deviation *= -mean
                 deviation += fed
-                var = ops.total_square(deviation) / divisor
-        some = number > 0
+                var = ops.minimum(ops.total_square(deviation) / divisor, LARGEST_LOSS**2)
         weight = self._weight(self.betas[0], state, some, ops)
         other = weight if self.betas[0] == self.betas[1] else self._weight(self.betas[1], state, some, ops)
-        return state.updated(mean, var, (weight, other), some)
+        return state.updated(mean, var, (weight, other), number > 0)
 
     def _ceiling(self, state: Moments, ops: Ops) -> Any:
-        """Return the limit, or the largest finite number where there is none."""
+        """Return the limit, or the largest loss that ever passes (S8) where there is none."""
         mean, var = state.mean, state.var
         if self.gain != 1:
             var = self.gain * var + self.gain * (1 - self.gain) * (mean * mean)
@@ -260,12 +271,12 @@ class ALRC:
         is_limiting = limit > 0
         if self.is_auto:
             is_limiting = is_limiting & (state.count >= self.observe)
-        return ops.where(is_limiting, limit, ops.largest(state.mean))
+        return ops.minimum(ops.where(is_limiting, limit, LARGEST_LOSS), LARGEST_LOSS)
 
     def _weight(self, beta: float, state: Moments, some: Any, ops: Ops) -> Any:
-        """Return the weight of a batch in a running moment: 1 - β, or 1/t while the memory fills (S9)."""
+        """Return the weight of a batch in a running moment: 1 - β, or 1/t while the memory fills (S9); 0 for none."""
         if self.is_auto:
-            return ops.maximum(ops.reciprocal(state.count + 1), 1 - beta) * some
+            return ops.maximum(some / (state.count + 1), 1 - beta) * some
         return (1 - beta) * some
 
 
@@ -318,7 +329,7 @@ class Huber:
         # h·L overflows where h / L does not.
         limited = ops.where(large > self.h, large * root, finite)
         scale = ops.where(large > self.h, 0.5 * root, 1.0)
-        return Decision(limited, ops.where(losses - losses == 0, scale, 0.0), self.h)
+        return Decision(limited, ops.where(finite == losses, scale, 0.0), self.h)
 
     def update(self, losses: Any, decision: Decision, state: None = None, ops: Ops = NUMPY) -> None:
         """Return the state, which is none."""

@@ -44,6 +44,10 @@ class _TorchOps:
         """Return the element-wise maximum."""
         return x.clamp(min=y)
 
+    def minimum(self, x: Tensor, y: float, /) -> Tensor:
+        """Return the element-wise minimum."""
+        return x.clamp(max=y)
+
     def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
         """Return the element-wise minimum, in place of `x`."""
         return x.clamp_(max=y)
@@ -61,10 +65,6 @@ class _TorchOps:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         return torch.nan_to_num(x, nan=value, posinf=value, neginf=value)
 
-    def reciprocal(self, x: Tensor, /) -> Tensor:
-        """Return 1 / x."""
-        return torch.reciprocal(x)
-
     def add_scaled(self, x: Tensor, y: Tensor, factor: float, /) -> Tensor:
         """Return x + factor · y."""
         return torch.add(x, y, alpha=factor)
@@ -77,39 +77,52 @@ class _TorchOps:
         """Return a tensor of one element without its axes, and any other tensor as it is."""
         return x.reshape(()) if x.numel() == 1 and x.ndim else x
 
-    def largest(self, x: Tensor, /) -> float:
-        """Return the largest finite number of the dtype."""
-        return torch.finfo(x.dtype).max
+
+class _TracedOps(_TorchOps):
+    """Do the same under `torch.func` transforms and `torch.compile`, which must not see memory overwritten."""
+
+    def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
+        """Return the element-wise minimum."""
+        return torch.minimum(x, y)
+
+    def floor(self, x: Tensor, y: Tensor, /) -> Tensor:
+        """Return the element-wise maximum."""
+        return torch.maximum(x, y)
 
 
-_TORCH = _TorchOps()
+_EAGER, _TRACED = _TorchOps(), _TracedOps()
+_is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Give the losses new values and scale their gradient; `scale` is a constant to every derivative."""
+    """Give the losses new values and scale their gradient; `scale` is a constant to every derivative.
+
+    The form below works everywhere; this one costs a third of it per call.
+    """
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, limited: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, losses: Tensor, decision: rules.Decision) -> Tensor:
         """Return the limited values."""
-        ctx.save_for_backward(scale)
-        return limited.detach() if limited.dtype == losses.dtype else limited.to(losses.dtype)
+        ctx.save_for_backward(decision.scale)
+        limited = decision.limited
+        return limited if limited.dtype == losses.dtype else limited.to(losses.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
         """Scale the gradient of each loss."""
         (scale,) = ctx.saved_tensors
         (gradient,) = grad_outputs
         scaled = gradient * scale
-        return scaled if scaled.dtype == gradient.dtype else scaled.to(gradient.dtype), None, None
+        return scaled if scaled.dtype == gradient.dtype else scaled.to(gradient.dtype), None
 
 
-class _TransformableScaleGradient(_ScaleGradient):
+class _TransformableScaleGradient(torch.autograd.Function):
     """Do the same under `torch.func` transforms and `torch.compile`, in the form those ask for."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(losses: Tensor, limited: Tensor, scale: Tensor) -> Tensor:  # pyright: ignore
+    def forward(losses: Tensor, limited: Tensor, scale: Tensor) -> Tensor:
         """Return the limited values."""
         return limited.to(losses.dtype, copy=True)
 
@@ -118,13 +131,12 @@ class _TransformableScaleGradient(_ScaleGradient):
         """Keep the gradient factors."""
         ctx.save_for_backward(inputs[2])
 
-
-def _scale_gradient(losses: Tensor, limited: Tensor, scale: Tensor) -> Tensor:
-    """Pick the plain function where it works: the transformable one costs three times as much per call."""
-    is_active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if torch.compiler.is_compiling() or is_active is None or is_active():
-        return _TransformableScaleGradient.apply(losses, limited, scale)  # pyright: ignore[reportReturnType]
-    return _ScaleGradient.apply(losses, limited, scale)  # pyright: ignore[reportReturnType]
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+        """Scale the gradient of each loss."""
+        (scale,) = ctx.saved_tensors
+        (gradient,) = grad_outputs
+        return (gradient * scale).to(gradient.dtype), None, None
 
 
 class Telemetry(NamedTuple):
@@ -264,22 +276,31 @@ class ALRC(nn.Module):
             raise TypeError(f"losses must be a floating-point tensor, got {losses.dtype}; average or cast them first.")
         if not self.training:
             return losses
+        is_compiling = torch.compiler.is_compiling()
+        is_transforming = not is_compiling and _is_transforming()
+        is_traced = is_compiling or is_transforming
+        ops = _TRACED if is_traced else _EAGER
         with torch.no_grad():
-            state = Moments(self.mean, self.var, self.count)
+            buffers = self._buffers
+            state = Moments(buffers["mean"], buffers["var"], buffers["count"])
             values = losses.detach()
-            if values.dtype.itemsize < state.mean.dtype.itemsize:
+            if values.dtype != state.mean.dtype and values.dtype.itemsize < state.mean.dtype.itemsize:
                 values = values.to(state.mean.dtype)
-            decision = self.rule.decide(values, state, _TORCH)
-            for old, new in zip(state, self.rule.update(values, decision, state, _TORCH), strict=True):
+            decision = self.rule.decide(values, state, ops)
+            for old, new in zip(state, self.rule.update(values, decision, state, ops), strict=True):
                 old.copy_(new)
-        self._seen = decision.scale, decision.ceiling
-        return _scale_gradient(losses, decision.limited, decision.scale)
+        limited, scale, ceiling = decision
+        # Tensors of a transform are dead outside of it.
+        self._seen = None if is_transforming else (scale, ceiling)
+        if is_traced:
+            return _TransformableScaleGradient.apply(losses, limited, scale)  # pyright: ignore[reportReturnType]
+        return _ScaleGradient.apply(losses, decision)  # pyright: ignore[reportReturnType]
 
     @property
     def limit(self) -> Tensor:
         """L_max for the next losses, 0-d; inf while nothing can be limited."""
         with torch.no_grad():
-            return self.rule.limit(Moments(self.mean, self.var, self.count), _TORCH)
+            return self.rule.limit(Moments(self.mean, self.var, self.count), _EAGER)
 
     @property
     def mu1(self) -> Tensor:
@@ -300,7 +321,7 @@ class ALRC(nn.Module):
         with torch.no_grad():
             nonfinite = (scale == 0).sum()
             return Telemetry(
-                limit=torch.where(ceiling < torch.finfo(ceiling.dtype).max, ceiling, torch.inf),
+                limit=torch.where(ceiling < rules.LARGEST_LOSS, ceiling, torch.inf),
                 scale=scale,
                 fraction_limited=((scale < 1).sum() - nonfinite) / (scale.numel() - nonfinite).clamp(min=1),
                 nonfinite=nonfinite,
@@ -370,4 +391,4 @@ class Huber(nn.Module):
 
     def forward(self, losses: Tensor) -> Tensor:
         """Map `losses` of any shape; differentiable to every order, in train and eval mode alike."""
-        return self.rule.decide(losses, None, _TORCH).limited
+        return self.rule.decide(losses, None, _TRACED).limited

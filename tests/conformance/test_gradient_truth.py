@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import mutants
 import numpy as np
 import pytest
+
+import mutants
 from alrc.reference import alrc_trace
 from alrc.rules import ALRC
 from drivers import Driver, Make, drive_class, drive_compiled, drive_numpy, drive_numpy32, drive_torch, drive_torch64
@@ -128,11 +129,11 @@ def check_poison(make: Make) -> None:
     rule = ALRC(betas=(0.95, 0.95), observe=8)
     check_stream(make, rule, stream)
     driver = make(rule)
-    for losses in stream:
+    for losses in stream[:-1]:
         limited, gradient = driver.step(losses)
         assert np.all(gradient[~np.isfinite(losses)] == 0)
         assert np.all(np.isfinite(limited))
-    assert gradient[0] < 0.1, "a spike after the poison is not limited"
+    assert driver.step(stream[-1]).gradient[0] < 0.1, "a spike after the poison is not limited"
 
 
 def check_largest_number(make: Make) -> None:

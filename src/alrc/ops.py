@@ -23,12 +23,8 @@ class Ops(Protocol):
         """Return the element-wise square root."""
         ...
 
-    def maximum(self, x: Any, y: Any, /) -> Any:
-        """Return the element-wise maximum of `x` and a number `y`."""
-        ...
-
-    def minimum(self, x: Any, y: Any, /) -> Any:
-        """Return the element-wise minimum of `x` and a number `y`."""
+    def clip(self, x: Any, low: float | None, high: float | None, /) -> Any:
+        """Return `x` with every element moved into [low, high]; None is no bound."""
         ...
 
     def where(self, condition: Any, x: Any, y: Any, /) -> Any:
@@ -79,13 +75,9 @@ class NumpyOps:
         """Return the element-wise square root."""
         return np.sqrt(x)
 
-    def maximum(self, x: Any, y: Any, /) -> Any:
-        """Return the element-wise maximum of `x` and a number `y`."""
-        return np.maximum(x, y)
-
-    def minimum(self, x: Any, y: Any, /) -> Any:
-        """Return the element-wise minimum of `x` and a number `y`."""
-        return np.minimum(x, y)
+    def clip(self, x: Any, low: float | None, high: float | None, /) -> Any:
+        """Return `x` with every element moved into [low, high]."""
+        return np.clip(x, low, high)
 
     def where(self, condition: Any, x: Any, y: Any, /) -> Any:
         """Select `x` where the condition holds, else `y`."""

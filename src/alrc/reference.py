@@ -78,7 +78,7 @@ def alrc_trace(
         limit = gain * mu1 + num_stddev * math.sqrt(max(gain * mu2 - (gain * mu1) ** 2, 0.0) + eps)
         if limit <= 0 or (start == "auto" and updates < observe):
             limit = math.inf
-        ceiling = min(limit, 1e15)
+        ceiling = limit if limit < math.inf else 1e15
         limit = limit if limit < 1e15 else math.inf
         limited: list[float] = []
         scale: list[float] = []
@@ -90,13 +90,13 @@ def alrc_trace(
             elif loss > ceiling:
                 limited.append(ceiling)
                 scale.append(ceiling / loss)
-                fed.append(ceiling if feed == "limited" else min(loss, 1e15))
+                fed.append(ceiling if feed == "limited" else loss)
             else:
                 limited.append(loss)
                 scale.append(1.0)
                 fed.append(loss)
         if fed:
-            mean = sum(fed) / len(fed)
+            mean = min(max(sum(fed) / len(fed), -1e15), 1e15)
             square = sum(loss * loss for loss in fed) / len(fed) if second_moment == "elements" else mean * mean
             beta1, beta2 = betas
             if start == "auto":

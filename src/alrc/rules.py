@@ -240,21 +240,21 @@ class ALRC:
         valid = ops.ceil(decision.scale)
         fed = decision.limited
         if self.feed == "unlimited":
-            fed = ops.minimum(ops.replace_nonfinite(losses, 0.0), LARGEST_LOSS)
+            fed = ops.replace_nonfinite(losses, 0.0)
         var = None
         if ops.size(fed) == 1:
             number = some = ops.scalar(valid)
-            mean = ops.maximum(ops.scalar(fed), -LARGEST_LOSS)
+            mean = ops.clip(ops.scalar(fed), -LARGEST_LOSS, LARGEST_LOSS)
         else:
             number = ops.total(valid)
-            divisor = ops.maximum(number, 1.0)
+            divisor = ops.clip(number, 1.0, None)
             some = number / divisor
-            mean = ops.maximum(ops.total(fed) / divisor, -LARGEST_LOSS)
+            mean = ops.clip(ops.total(fed) / divisor, -LARGEST_LOSS, LARGEST_LOSS)
             if self.second_moment == "elements":
                 deviation = valid  # reuse its memory: fed - mean where valid, 0 - 0 elsewhere
                 deviation *= -mean
                 deviation += fed
-                var = ops.minimum(ops.total_square(deviation) / divisor, LARGEST_LOSS**2)
+                var = ops.clip(ops.total_square(deviation) / divisor, None, LARGEST_LOSS**2)
         weight = self._weight(self.betas[0], state, some, ops)
         other = weight if self.betas[0] == self.betas[1] else self._weight(self.betas[1], state, some, ops)
         return state.updated(mean, var, (weight, other), number > 0)
@@ -266,17 +266,17 @@ class ALRC:
             var = self.gain * var + self.gain * (1 - self.gain) * (mean * mean)
             mean = self.gain * mean
         if self.betas[0] != self.betas[1]:
-            var = ops.maximum(var, 0.0)
+            var = ops.clip(var, 0.0, None)
         limit = ops.add_scaled(mean, ops.sqrt(var + self.eps if self.eps else var), self.num_stddev)
         is_limiting = limit > 0
         if self.is_auto:
             is_limiting = is_limiting & (state.count >= self.observe)
-        return ops.minimum(ops.where(is_limiting, limit, LARGEST_LOSS), LARGEST_LOSS)
+        return ops.where(is_limiting, limit, LARGEST_LOSS)
 
     def _weight(self, beta: float, state: Moments, some: Any, ops: Ops) -> Any:
         """Return the weight of a batch in a running moment: 1 - β, or 1/t while the memory fills (S9); 0 for none."""
         if self.is_auto:
-            return ops.maximum(some / (state.count + 1), 1 - beta) * some
+            return ops.clip(some / (state.count + 1), 1 - beta, None) * some
         return (1 - beta) * some
 
 
@@ -324,7 +324,7 @@ class Huber:
             The decision; its arrays have the shape of `losses`, its limit is `h`.
         """
         finite = ops.replace_nonfinite(losses, 0.0)
-        large = ops.maximum(finite, self.h)
+        large = ops.clip(finite, self.h, None)
         root = ops.sqrt(self.h / large)
         # h·L overflows where h / L does not.
         limited = ops.where(large > self.h, large * root, finite)

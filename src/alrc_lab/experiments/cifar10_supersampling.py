@@ -241,10 +241,9 @@ class Trainer:
         self.network = build_network(config.width, config.seed).to(device)
         optimizers = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
         self.optimizer = optimizers[config.optimizer](self.network.parameters(), config.learning_rate, fused=True)
-        self.limiter = make_limiter(config)
+        limiter = make_limiter(config)
+        self.limiter = None if limiter is None else limiter.to(device)
         self.huber = None if config.huber is None else Huber(config.huber)
-        if self.limiter is not None:
-            self.limiter.to(device)
         self.step = 0
         self.errors = np.zeros(config.iterations, np.float32)
         self.num_limited = 0.0
@@ -329,7 +328,7 @@ def is_diverged(errors: np.ndarray, bound: float) -> bool:
     return not np.isfinite(errors).all() or float(np.median(errors)) > bound
 
 
-def load_images(config: Config, inputs: dict[str, Any]) -> ImageSet:
+def load_images(inputs: dict[str, Any]) -> ImageSet:
     """Load the very images that `resolve` described, or say that they changed."""
     images = load_cifar10(inputs["path"])
     if images.sha256 != inputs["sha256"]:
@@ -352,7 +351,7 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         the final window, without the factor 25), `max_error`, `fraction_limited` and `steps`.
     """
     settings = Config(**config)
-    trainer = Trainer(settings, load_images(settings, recorder.inputs).images)
+    trainer = Trainer(settings, load_images(recorder.inputs).images)
     resumed = recorder.resume()
     if resumed is not None:
         trainer.load(resumed[1])
@@ -367,10 +366,9 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
             recorder.checkpoint(trainer.step, trainer.save)
     errors = trainer.errors[: trainer.step].astype(np.float64)
     window = settings.final_window or max(1, settings.iterations // 20)
-    finite = errors[np.isfinite(errors)]
     summary = {
         "final_error": None if diverged_at is not None else float(errors[-window:].mean()),
-        "max_error": float(finite.max()) if len(finite) else None,
+        "max_error": float(errors[np.isfinite(errors)].max(initial=0.0)),
         "fraction_limited": trainer.num_limited / trainer.step,
         "steps": trainer.step,
     }
@@ -378,11 +376,11 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
 
 
 def measure_step_s(config: Config, budget_s: float = 1.0) -> float:
-    """Time one update on this machine, on random images; pessimistic by the data's warm-up, which is spread over all.
+    """Time one update on this machine, on random images, without the data pipeline.
 
     Args:
         config: Settings of the run to be timed.
-        budget_s: Seconds to spend, at least two updates.
+        budget_s: Seconds to spend; two updates at least.
 
     Returns:
         Seconds per update.

@@ -50,7 +50,7 @@ def _preset(name: str) -> _Preset:
     if name == "smoke":
         return _Preset(QUICK_CELLS, 2, Config(width=4, iterations=384, final_window=128), 32)
     if name == "quick":
-        return _Preset(QUICK_CELLS, 4, Config(width=8, iterations=10_000, final_window=2_000), 250)
+        return _Preset(QUICK_CELLS, 4, Config(width=8, iterations=9_000, final_window=1_800), 250)
     if name == "paper":
         order = [math.inf, 4.0, 3.0, 2.0]
         cells = [(error, batch, n) for (error, batch), row in PUBLISHED.items() for n in order if n in row]

@@ -5,7 +5,7 @@ Exists so that a rule can be written once, by operators and these. This file mus
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class NumpyOps:
 
     def where(self, condition: Any, x: Any, y: Any, /) -> Any:
         """Select `x` where the condition holds, else `y`."""
-        selected: Any = np.where(condition, x, y)
+        selected = cast(Any, np.where(condition, x, y))
         return selected[()]
 
     def ceil(self, x: Any, /) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alrc_lab import runner
+from alrc_lab import report, runner
 
 pytest.importorskip("torch", reason="the experiment trains with torch")
 from alrc_lab.experiments import cifar10_supersampling as experiment
@@ -86,6 +86,27 @@ def test_estimate_adds_up() -> None:
     assert one.seconds > 0
     assert 0.2 < two.seconds / one.seconds < 2, "half of it, up to the noise of a busy machine"
     assert "3,840 updates" in one.detail[0]
+
+
+def test_a_run_that_diverges_is_a_result_and_stands_in_the_table(tmp_path: Path) -> None:
+    plan = table1.plan("smoke", data="embedded", seeds=2)
+    wild = {"learning_rate": 30.0, "optimizer": "sgd", "root_above": None, "final_window": 20, "iterations": 60}
+    specs, members = [], []
+    for run in plan.runs:
+        tame = {"final_window": 20, "iterations": 60}
+        run["config"] |= wild if run["cell"] == "quartic-b1-n3" and run["seed"] == 1 else tame
+        specs.append(runner.RunSpec(*(run[key] for key in ("entry", "config", "inputs", "excluded", "name"))))
+        members.append({"folder": f"runs/{specs[-1].folder_name}", "cell": run["cell"], "seed": run["seed"]})
+    runner.write_study(tmp_path, {**plan.study, "runs": members})
+    states = runner.sweep([runner.prepare(spec, tmp_path) for spec in specs], executor="inline")
+    assert Counter(state.state for state in states) == {"finished": 9, "diverged": 1}
+    (lost,) = [state for state in states if state.state == "diverged"]
+    assert 0 < lost.diverged_at < 60
+    assert lost.summary["final_error"] is None
+    document = report.to_json(report.load(tmp_path))
+    assert f"step {lost.diverged_at}" in json.dumps(document)
+    page = report.build(tmp_path).read_text()
+    assert "diverged" in page
 
 
 def test_a_run_that_is_killed_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ file top to bottom: configuration, data pipeline, network, one training step, th
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -348,7 +349,7 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
 
     Returns:
         `diverged_at`, the update at which training was lost or none, and `summary`: `final_error` (mean raw error of
-        the final window, without the factor 25), `max_error`, `fraction_limited` and `steps`.
+        the final window, NaN if diverged), `max_error`, `fraction_limited` and `steps`.
     """
     settings = Config(**config)
     trainer = Trainer(settings, load_images(recorder.inputs).images)
@@ -367,7 +368,7 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
     errors = trainer.errors[: trainer.step].astype(np.float64)
     window = settings.final_window or max(1, settings.iterations // 20)
     summary = {
-        "final_error": None if diverged_at is not None else float(errors[-window:].mean()),
+        "final_error": math.nan if diverged_at is not None else float(errors[-window:].mean()),
         "max_error": float(errors[np.isfinite(errors)].max(initial=0.0)),
         "fraction_limited": trainer.num_limited / trainer.step,
         "steps": trainer.step,
@@ -391,8 +392,7 @@ def measure_step_s(config: Config, budget_s: float = 1.0) -> float:
     record = torch.zeros(len(Trainer.columns), device=inputs.device)
     trainer.update(inputs[0], targets[0], record)
     record.cpu()
-    started = time.perf_counter()
-    number = 0
+    started, number = time.perf_counter(), 0
     while number < 1 or time.perf_counter() - started < budget_s:
         trainer.update(inputs[number % len(inputs)], targets[number % len(inputs)], record)
         record.cpu()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alrc import rules
 from alrc.moments import Moments
-from alrc.moments import estimate_start as estimate_start
+from alrc.moments import estimate_start as estimate_start_of_array
 from alrc.ops import Ops
 
 __all__ = ["ALRC", "Huber", "Telemetry", "estimate_start"]
@@ -190,18 +190,8 @@ class ALRC(nn.Module):
         observe: int = 32,
     ) -> None:
         super().__init__()
-        self._hold(
-            rules.ALRC(
-                num_stddev,
-                betas=betas,
-                start=start,
-                feed=feed,
-                second_moment=second_moment,
-                eps=eps,
-                gain=gain,
-                observe=observe,
-            )
-        )
+        others = {"second_moment": second_moment, "eps": eps, "gain": gain, "observe": observe}
+        self._hold(rules.ALRC(num_stddev, betas=betas, start=start, feed=feed, **others))
 
     @classmethod
     def from_rule(cls, rule: rules.ALRC) -> Self:
@@ -377,3 +367,29 @@ class Huber(nn.Module):
     def forward(self, losses: Tensor) -> Tensor:
         """Map `losses` of any shape; differentiable to every order, in train and eval mode alike."""
         return self.rule.decide(losses, None, _TRACED).limited
+
+
+def estimate_start(losses: Tensor, overestimate: float = 3.0) -> tuple[float, float]:
+    """Estimate `start=(mu1, mu2)` for the published presets from some losses of the untrained network.
+
+    Waits for the device, once. `ALRC()` needs no estimate.
+
+    Args:
+        losses: Losses of any shape, dtype and device; non-finite ones are ignored. At least two different values.
+        overestimate: Factor on the loss scale, ≥ 1.
+
+    Returns:
+        `(mu1, mu2)` with `mu2 > mu1²`.
+
+    Raises:
+        ValueError: If `overestimate` < 1, or the losses have no spread.
+
+    Example:
+        >>> mu1, mu2 = estimate_start(torch.tensor([1.0, 3.0]))
+        >>> ALRC.paper(mu1=mu1, mu2=mu2).limit
+        tensor(15.)
+
+    References:
+        Ede & Beanland 2020, section II, and the README of their published code.
+    """
+    return estimate_start_of_array(losses.detach().double().cpu().numpy(), overestimate)

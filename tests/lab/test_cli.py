@@ -95,8 +95,7 @@ def specimen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for registry, name in ((experiments.EXPERIMENTS, "specimen"), (experiments.STUDIES, "specimens")):
         monkeypatch.setitem(registry, name, "specimen")
     monkeypatch.setitem(experiments.DESCRIPTIONS, "specimens", "a study for tests")
-    presets = {"tiny": "two cells, two seeds", "huge": "the same, eight seeds"}
-    monkeypatch.setitem(experiments.PRESETS, "specimens", presets)
+    monkeypatch.setitem(experiments.PRESETS, "specimens", {"tiny": "two cells, two seeds", "huge": "eight seeds"})
     quick_report = SimpleNamespace(
         build=lambda root: Path(root) / "report" / "index.html",
         load=lambda root: {"runs": len(json.loads((Path(root) / "study.json").read_text())["runs"])},

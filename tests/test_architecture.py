@@ -43,7 +43,7 @@ class Rule:
 
 
 LAB_SHELL = Rule(("alrc_lab.*", "alrc.*"), None)
-BACKEND = ("alrc", "alrc.ops", "alrc.rules", "alrc.moments")
+BACKEND = ("alrc", "alrc.ops", "alrc.rules.*", "alrc.moments")
 
 IMPORT_NAMES = {"scikit-image": "skimage"}
 
@@ -52,14 +52,14 @@ RULES = {
     "alrc.__init__": Rule(("alrc.ops", "alrc.moments", "alrc.rules", "alrc.reference")),
     "alrc.ops": Rule(),
     "alrc.moments": Rule(),
-    "alrc.rules": Rule(("alrc.ops", "alrc.moments")),
+    "alrc.rules": Rule(("alrc.ops", "alrc.moments", "alrc.rules.*")),
     "alrc.reference": Rule(),
     "alrc.conformance": Rule((*BACKEND, "alrc.reference")),
-    "alrc.torch": Rule(BACKEND, frozenset({"numpy", "torch"})),
+    "alrc.torch": Rule((*BACKEND, "alrc.torch.*"), frozenset({"numpy", "torch"})),
     "alrc.jax": Rule(BACKEND, frozenset({"numpy", "jax", "optax"})),
     "alrc.keras": Rule(BACKEND, frozenset({"numpy", "keras"})),
     "alrc.integrations": Rule(
-        (*BACKEND, "alrc.torch", "alrc.integrations.*"), frozenset({"torch", "lightning", "transformers"})
+        (*BACKEND, "alrc.torch.*", "alrc.integrations.*"), frozenset({"torch", "lightning", "transformers"})
     ),
     "alrc_lab.__init__": Rule(),
     "alrc_lab.data": Rule(("alrc_lab.data.*",), None),

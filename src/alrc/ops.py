@@ -5,6 +5,7 @@ Exists so that a rule can be written once, by operators and these. This file mus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -67,6 +68,18 @@ class Ops(Protocol):
         """Return an array of one element without its axes, and any other array as it is."""
         ...
 
+    def stack(self, xs: Sequence[Any], /) -> Any:
+        """Return 0-d arrays as one array of shape (number,)."""
+        ...
+
+    def sort(self, x: Any, /) -> Any:
+        """Return a copy sorted along the last axis, smallest first."""
+        ...
+
+    def put(self, x: Any, index: Any, value: Any, /) -> Any:
+        """Return a copy of `x` with `value` at the 0-d integer `index` of the last axis."""
+        ...
+
 
 class NumpyOps:
     """Implement `Ops` with numpy, in the dtype of the input (float64 for Python numbers)."""
@@ -119,6 +132,20 @@ class NumpyOps:
     def scalar(self, x: Any, /) -> Any:
         """Return an array of one element without its axes, and any other array as it is."""
         return np.reshape(x, ())[()] if np.size(x) == 1 else x
+
+    def stack(self, xs: Sequence[Any], /) -> Any:
+        """Return 0-d arrays as one array of shape (number,)."""
+        return np.array(xs)
+
+    def sort(self, x: Any, /) -> Any:
+        """Return a copy sorted along the last axis."""
+        return np.sort(x)
+
+    def put(self, x: Any, index: Any, value: Any, /) -> Any:
+        """Return a copy of `x` with `value` at the 0-d integer `index` of the last axis."""
+        copy = np.array(x)
+        copy[..., index] = value
+        return copy
 
 
 NUMPY = NumpyOps()

@@ -1,9 +1,4 @@
-"""The rules, written once: measure → decide → scale, for every framework.
-
-A rule is a frozen dataclass that turns losses and a small state into a `Decision`, by operators and the handful of
-primitives in `alrc.ops`. It never touches a gradient: a backend multiplies the gradient by `Decision.scale`. This file
-must import no framework, and must never import `reference.py`, which checks it.
-"""
+"""The rules that measure losses: ALRC, and the Huberisation it is compared with."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""ALRC for PyTorch: measure the losses, let `alrc.rules` decide, scale their gradients.
-
-Exists so that a training loop needs one line. Contains no arithmetic of the rule; imports no other framework.
-Nothing here reads a tensor's value, so nothing waits for the device.
-"""
+"""ALRC for PyTorch: measure the losses, let `alrc.rules` decide, scale their gradients."""
 
 from __future__ import annotations
 
@@ -16,66 +12,11 @@ from alrc import rules
 from alrc.moments import Moments
 from alrc.moments import estimate_start as estimate_start_of_array
 from alrc.ops import Ops
+from alrc.torch.ops import EAGER, TRACED, is_transforming
 
 __all__ = ["ALRC", "Huber", "Telemetry", "estimate_start"]
 
 _STATE_VERSION = 1
-
-
-class _TorchOps:
-    """Implement `alrc.ops.Ops` with torch, by the fastest primitive of each kind on CPU."""
-
-    # Bound without a wrapper: a step makes some thirty calls of a microsecond each.
-    sqrt: Any = staticmethod(torch.sqrt)
-    where: Any = staticmethod(torch.where)
-    clip: Any = staticmethod(torch.clamp)
-    ceil: Any = staticmethod(torch.ceil)
-    total: Any = staticmethod(torch.sum)
-
-    def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
-        """Return the element-wise minimum, in place of `x`."""
-        return x.clamp_(max=y)
-
-    def floor(self, x: Tensor, y: Tensor, /) -> Tensor:
-        """Return the element-wise maximum, in place of `x`."""
-        return x.clamp_(min=y)
-
-    def total_square(self, x: Tensor, /) -> Tensor:
-        """Return the sum of squares."""
-        flat = x.reshape(-1)
-        return torch.dot(flat, flat)
-
-    def replace_nonfinite(self, x: Tensor, value: float, /) -> Tensor:
-        """Return a copy with NaN, inf and -inf replaced by `value`."""
-        return torch.nan_to_num(x, nan=value, posinf=value, neginf=value)
-
-    def add_scaled(self, x: Tensor, y: Tensor, factor: float, /) -> Tensor:
-        """Return x + factor · y."""
-        return torch.add(x, y, alpha=factor)
-
-    def size(self, x: Tensor, /) -> int:
-        """Return the number of elements."""
-        return x.numel()
-
-    def scalar(self, x: Tensor, /) -> Tensor:
-        """Return a tensor of one element without its axes, and any other tensor as it is."""
-        return x.reshape(()) if x.numel() == 1 and x.ndim else x
-
-
-class _TracedOps(_TorchOps):
-    """Do the same under `torch.func` transforms and `torch.compile`, which must not see memory overwritten."""
-
-    def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
-        """Return the element-wise minimum."""
-        return torch.minimum(x, y)
-
-    def floor(self, x: Tensor, y: Tensor, /) -> Tensor:
-        """Return the element-wise maximum."""
-        return torch.maximum(x, y)
-
-
-_EAGER, _TRACED = _TorchOps(), _TracedOps()
-_is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class _Limit(torch.autograd.Function):
@@ -87,7 +28,7 @@ class _Limit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, losses: Tensor, module: ALRC) -> Tensor:
         """Return the limited values."""
-        limited, scale, ceiling = module._learn(losses, _EAGER)
+        limited, scale, ceiling = module._learn(losses, EAGER)
         module._seen[0] = scale, ceiling
         ctx.save_for_backward(scale)
         return limited if limited.dtype == losses.dtype else limited.to(losses.dtype)
@@ -252,10 +193,10 @@ class ALRC(nn.Module):
         if not self.training:
             return losses
         is_compiling = torch.compiler.is_compiling()
-        if not is_compiling and not _is_transforming():
+        if not is_compiling and not is_transforming():
             return _Limit.apply(losses, self)  # pyright: ignore[reportReturnType]
         with torch.no_grad():
-            limited, scale, ceiling = self._learn(losses.detach(), _TRACED)
+            limited, scale, ceiling = self._learn(losses.detach(), TRACED)
         # Tensors of a transform are dead outside of it.
         self._seen[0] = (scale, ceiling) if is_compiling else None
         return _ScaleGradient.apply(losses, limited, scale)  # pyright: ignore[reportReturnType]
@@ -264,7 +205,7 @@ class ALRC(nn.Module):
     def limit(self) -> Tensor:
         """L_max for the next losses, 0-d; inf while nothing can be limited."""
         with torch.no_grad():
-            return self.rule.limit(Moments(self.mean, self.var, self.count), _EAGER)
+            return self.rule.limit(Moments(self.mean, self.var, self.count), EAGER)
 
     @property
     def mu1(self) -> Tensor:
@@ -366,7 +307,7 @@ class Huber(nn.Module):
 
     def forward(self, losses: Tensor) -> Tensor:
         """Map `losses` of any shape; differentiable to every order, in train and eval mode alike."""
-        return self.rule.decide(losses, None, _TRACED).limited
+        return self.rule.decide(losses, None, TRACED).limited
 
 
 def estimate_start(losses: Tensor, overestimate: float = 3.0) -> tuple[float, float]:

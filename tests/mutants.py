@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from alrc import rules
-from alrc.moments import Moments
 from alrc.ops import NUMPY, Ops
-from alrc.rules import Decision
+from alrc.rules import Batch, Decision
 from alrc.torch import ALRC
 
 
@@ -62,8 +61,8 @@ class _OtherRule(ALRC):
         raise NotImplementedError
 
     @classmethod
-    def from_rule(cls, rule: rules.ALRC) -> Self:
-        return super().from_rule(cls.wrong(rule))
+    def from_rule(cls, rule: rules.ALRC, sync: Any = False) -> Self:
+        return super().from_rule(cls.wrong(rule), sync)
 
 
 class UnlimitedFeed(_OtherRule):
@@ -77,10 +76,10 @@ class UnlimitedFeed(_OtherRule):
 class _BiasedDecayRule(rules.ALRC):
     """Keep β - 0.002 of the old raw moments and add 1 - β of the new: 0.997 and 0.001 for β = 0.999."""
 
-    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
-        after = super().update(losses, decision, state, ops)
+    def commit(self, batch: Batch, state: Any, ops: Ops = NUMPY, when: Any = None) -> Any:
+        after = super().commit(batch, state, ops, when)
         mean = after.mu1 - 0.002 * state.mu1
-        return Moments(mean, after.mu2 - 0.002 * state.mu2 - mean * mean, after.count)
+        return after._replace(mean=mean, var=after.mu2 - 0.002 * state.mu2 - mean * mean)
 
 
 class BiasedDecay(_OtherRule):
@@ -94,12 +93,12 @@ class BiasedDecay(_OtherRule):
 class _RawMomentsRule(rules.ALRC):
     """Average L and L² and subtract, in the precision of the state."""
 
-    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
+    def commit(self, batch: Batch, state: Any, ops: Ops = NUMPY, when: Any = None) -> Any:
+        after = super().commit(batch, state, ops, when)
         weight = 1 - self.betas[0]
-        fed = decision.limited
-        mean = (1 - weight) * state.mu1 + weight * fed.mean()
-        square = (1 - weight) * state.mu2 + weight * (fed * fed).mean()
-        return Moments(mean, square - mean * mean, state.count + 1)
+        mean = (1 - weight) * state.mu1 + weight * batch.mean
+        square = (1 - weight) * state.mu2 + weight * (batch.mean * batch.mean + batch.var)
+        return after._replace(mean=mean, var=square - mean * mean)
 
 
 class RawMoments(_OtherRule):
@@ -113,7 +112,7 @@ class RawMoments(_OtherRule):
 class _UpdateFirstRule(rules.ALRC):
     """Take the losses into the moments, then make the limit that holds them."""
 
-    def decide(self, losses: Any, state: Moments, ops: Ops = NUMPY) -> Decision:
+    def decide(self, losses: Any, state: Any, ops: Ops = NUMPY) -> Decision:
         first = super().decide(losses, state, ops)
         return super().decide(losses, super().update(losses, first, state, ops), ops)
 
@@ -129,9 +128,9 @@ class UpdateFirst(_OtherRule):
 class _PoisonedRule(rules.ALRC):
     """Average whatever comes in, NaN included."""
 
-    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
-        after = super().update(losses, decision, state, ops)
-        return Moments(after.mean + 0 * losses.mean(), after.var, after.count)
+    def measure(self, losses: Any, decision: Decision, state: Any, ops: Ops = NUMPY, weight: Any = None) -> Batch:
+        batch = super().measure(losses, decision, state, ops, weight)
+        return batch._replace(mean=batch.mean + 0 * ops.total(losses))
 
 
 class NonfiniteEnters(_OtherRule):
@@ -145,9 +144,9 @@ class NonfiniteEnters(_OtherRule):
 class _DilutedRule(rules.ALRC):
     """Take what is not finite for a loss of zero."""
 
-    def update(self, losses: Any, decision: Decision, state: Moments, ops: Ops = NUMPY) -> Moments:
+    def measure(self, losses: Any, decision: Decision, state: Any, ops: Ops = NUMPY, weight: Any = None) -> Batch:
         finite = ops.replace_nonfinite(losses, 0.0)
-        return super().update(finite, super().decide(finite, state, ops), state, ops)
+        return super().measure(finite, super().decide(finite, state, ops), state, ops, weight)
 
 
 class NonfiniteCounted(_OtherRule):

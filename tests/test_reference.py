@@ -164,12 +164,49 @@ def test_oracle_by_hand() -> None:
     assert trace.scale[0] == trace.scale[1] == 1
 
 
-def test_oracle_starts_by_plain_averages() -> None:
-    losses = np.random.default_rng(9).lognormal(0, 1, 20)
-    trace = alrc_trace(losses, observe=20)
-    np.testing.assert_allclose(trace.mu1, np.cumsum(losses) / np.arange(1, 21), rtol=1e-14)
-    np.testing.assert_allclose(trace.mu2, np.cumsum(losses**2) / np.arange(1, 21), rtol=1e-14)
-    assert np.all(np.isinf(trace.limit))
+def test_oracle_starts_from_the_winsorised_first_losses() -> None:
+    """Four losses: the sorted ones are 1, 2, 3, 9; median 3 (third), quartiles 1 (first) and 9 (fourth)."""
+    trace = alrc_trace([2.0, 9.0, 1.0, 3.0, 0.5], observe=4)
+    assert np.all(np.isinf(trace.limit[:4]))
+    mean, square = (1 + 2 + 3 + 9) / 4, (1 + 4 + 9 + 81) / 4  # 9 is within 4 quartile distances of the median
+    np.testing.assert_allclose([trace.mu1[3], trace.mu2[3]], [mean, square], rtol=1e-15)
+    # The fifth update has the weight 4 / (4 + 4), and is the recent quarter's.
+    np.testing.assert_allclose([trace.mu1[4], trace.mu2[4]], [(mean + 0.5) / 2, (square + 0.25) / 2], rtol=1e-15)
+    assert trace.limit[4] == mean + 3 * math.sqrt(square - mean**2)
+
+    poisoned = alrc_trace([2.0, 3e38, 1.0, 3.0, 2.5, math.nan, 2.0, 1.5, 2.2], observe=8)
+    # Sorted: 1, 1.5, 2, 2, 2.2, 2.5, 3, 1e15 (the largest loss there is); median 2.2, upper quartile 3.
+    capped = [2.0, 2.2 + 4 * 0.8, 1.0, 3.0, 2.5, 2.0, 1.5, 2.2]
+    np.testing.assert_allclose(poisoned.mu1[-1], np.mean(capped), rtol=1e-15)
+
+
+def test_oracle_learns_a_shift_anew() -> None:
+    old = [1.0, 1.2, 0.8, 1.0] * 250
+    trace = alrc_trace([*old, *[10.0] * 60])
+    scales = np.array([float(scale) for scale in trace.scale])[1000:]
+    # The alarm comes after 17 updates that are limited altogether (1 - (31/32)^17 > 0.4), see SPEC S20.
+    assert np.all(scales[:17] < 1)
+    assert np.all(scales[17:] == 1)
+    # The last 32 updates are then 15 old and 17 new ones.
+    np.testing.assert_allclose(trace.mu1[1016], (17 * 10 + sum(old[-15:])) / 32, rtol=1e-14)
+
+
+def test_oracle_keeps_a_lone_spike_out_of_the_moments() -> None:
+    losses = np.random.default_rng(9).lognormal(0, 0.2, 200)
+    spiky = losses.copy()
+    spiky[150] *= 1000
+    calm, disturbed = alrc_trace(losses), alrc_trace(spiky)
+    assert disturbed.scale[150] < 0.003
+    # All that differs is that one loss is missing.
+    assert disturbed.limit[151] == disturbed.limit[150]
+    assert abs(disturbed.limit[151] / calm.limit[151] - 1) < 0.01
+
+
+def test_oracle_limits_signed_losses_from_both_sides() -> None:
+    trace = alrc_trace([[5.0, -7.0, 0.0]], start=(-1.0, 2.0), signed=True, num_stddev=2.0, num_stddev_below=3.0)
+    # Mean -1, deviation 1: between -4 and 1. Above, from the base -3: (1 + 3) / (5 + 3). Below, from the top 2: 6 / 9.
+    assert trace.limited[0].tolist() == [1, -4, 0]
+    np.testing.assert_allclose(trace.scale[0], [0.5, 2 / 3, 1], rtol=1e-15)
 
 
 def test_oracle_leaves_a_batch_without_a_finite_loss_out() -> None:

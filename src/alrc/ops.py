@@ -5,7 +5,7 @@ Exists so that a rule can be written once, by operators and these. This file mus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -24,8 +24,8 @@ class Ops(Protocol):
         """Return the element-wise square root."""
         ...
 
-    def clip(self, x: Any, low: float | None, high: float | None, /) -> Any:
-        """Return `x` with every element moved into [low, high]; None is no bound."""
+    def clip(self, x: Any, low: Any, high: Any, /) -> Any:
+        """Return `x` with every element moved into [low, high]: both numbers, or both arrays; None is no bound."""
         ...
 
     def where(self, condition: Any, x: Any, y: Any, /) -> Any:
@@ -44,12 +44,28 @@ class Ops(Protocol):
         """Return the element-wise maximum of `x` and a 0-d `y`; may overwrite `x`."""
         ...
 
+    def divide(self, x: Any, y: Any, /) -> Any:
+        """Return a 0-d `x` divided by every element of `y`, correctly rounded."""
+        ...
+
     def total(self, x: Any, /) -> Any:
         """Return the sum over all elements as a 0-d array."""
         ...
 
+    def row_total(self, x: Any, /) -> Any:
+        """Return the sum along the last axis."""
+        ...
+
     def total_square(self, x: Any, /) -> Any:
         """Return the sum of squares over all elements as a 0-d array."""
+        ...
+
+    def dot(self, x: Any, y: Any, /) -> Any:
+        """Return the sum of x · y over all elements of two arrays of one shape as a 0-d array."""
+        ...
+
+    def count_nonzero(self, x: Any, /) -> Any:
+        """Return the number of elements that are not 0 as a 0-d array in the dtype of `x`."""
         ...
 
     def replace_nonfinite(self, x: Any, value: float, /) -> Any:
@@ -77,8 +93,27 @@ class Ops(Protocol):
         ...
 
     def put(self, x: Any, index: Any, value: Any, /) -> Any:
-        """Return a copy of `x` with `value` at the 0-d integer `index` of the last axis."""
+        """Return a copy of `x` with `value` at the integer `index` of the last axis, one index for each row."""
         ...
+
+    def take(self, x: Any, index: Any, /) -> Any:
+        """Return the element at a whole-numbered `index` of the last axis, one index for each row; of any dtype."""
+        ...
+
+    def push(self, x: Any, value: Any, /) -> Any:
+        """Return `x` without the first and with `value` as the last element of the last axis."""
+        ...
+
+    def select(
+        self, condition: Any, make: Callable[[], tuple[Any, ...]], others: tuple[Any, ...], /
+    ) -> tuple[Any, ...]:
+        """Return what `make` returns where the 0-d condition holds, else `others`; `make` may be left uncalled."""
+        ...
+
+
+def _is_array(x: Any) -> bool:
+    """Return whether `x` is an array and not a single number."""
+    return isinstance(x, np.ndarray)
 
 
 class NumpyOps:
@@ -88,12 +123,20 @@ class NumpyOps:
         """Return the element-wise square root."""
         return np.sqrt(x)
 
-    def clip(self, x: Any, low: float | None, high: float | None, /) -> Any:
+    def clip(self, x: Any, low: Any, high: Any, /) -> Any:
         """Return `x` with every element moved into [low, high]."""
-        return np.clip(x, low, high)
+        if _is_array(x):
+            x = x if low is None else np.maximum(x, low)
+            return x if high is None else np.minimum(x, high)
+        # Fifty times as fast for single numbers, of which a rule is full; NaN stays NaN.
+        if low is not None and x < low:
+            return type(x)(low)
+        return type(x)(high) if high is not None and x > high else x
 
     def where(self, condition: Any, x: Any, y: Any, /) -> Any:
         """Select `x` where the condition holds, else `y`."""
+        if not _is_array(condition) and _is_array(x) == _is_array(y):
+            return x if condition else y
         selected = cast(Any, np.where(condition, x, y))
         return selected[()]
 
@@ -109,17 +152,37 @@ class NumpyOps:
         """Return the element-wise maximum of `x` and a 0-d `y`."""
         return np.maximum(x, y)
 
+    def divide(self, x: Any, y: Any, /) -> Any:
+        """Return `x` divided by every element of `y`."""
+        return x / y
+
     def total(self, x: Any, /) -> Any:
         """Return the sum over all elements."""
-        return np.sum(x)
+        return np.add.reduce(x, axis=None)
+
+    def row_total(self, x: Any, /) -> Any:
+        """Return the sum along the last axis."""
+        return np.sum(x, axis=-1)
 
     def total_square(self, x: Any, /) -> Any:
         """Return the sum of squares over all elements."""
-        return np.sum(np.square(x))
+        flat = np.ravel(x)
+        return np.dot(flat, flat)
+
+    def dot(self, x: Any, y: Any, /) -> Any:
+        """Return the sum of x · y over all elements."""
+        return np.dot(np.ravel(x), np.ravel(y))
+
+    def count_nonzero(self, x: Any, /) -> Any:
+        """Return the number of elements that are not 0."""
+        return np.result_type(x).type(np.count_nonzero(x))
 
     def replace_nonfinite(self, x: Any, value: float, /) -> Any:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
-        return self.where(np.isfinite(x), x, value)
+        is_finite = np.isfinite(x)
+        if np.all(is_finite):
+            return x.copy() if _is_array(x) else x
+        return self.where(is_finite, x, np.result_type(x).type(value))
 
     def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
         """Return x + factor · y."""
@@ -142,10 +205,24 @@ class NumpyOps:
         return np.sort(x)
 
     def put(self, x: Any, index: Any, value: Any, /) -> Any:
-        """Return a copy of `x` with `value` at the 0-d integer `index` of the last axis."""
+        """Return a copy of `x` with `value` at the integer `index` of the last axis, one index for each row."""
         copy = np.array(x)
-        copy[..., index] = value
+        np.put_along_axis(copy, np.asarray(index)[..., None], np.asarray(value)[..., None], axis=-1)
         return copy
+
+    def take(self, x: Any, index: Any, /) -> Any:
+        """Return the element at `index` of the last axis, one index for each row."""
+        return np.take_along_axis(x, np.asarray(index, dtype=np.intp)[..., None], axis=-1)[..., 0]
+
+    def push(self, x: Any, value: Any, /) -> Any:
+        """Return `x` without the first and with `value` as the last element of the last axis."""
+        return np.concatenate((x[..., 1:], np.asarray(value)[..., None]), -1)
+
+    def select(
+        self, condition: Any, make: Callable[[], tuple[Any, ...]], others: tuple[Any, ...], /
+    ) -> tuple[Any, ...]:
+        """Return what `make` returns if the condition holds, else `others`."""
+        return make() if condition else others
 
 
 NUMPY = NumpyOps()

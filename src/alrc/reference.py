@@ -1,7 +1,7 @@
 """The rule as slow, obvious loops in float64: the oracle every fast implementation is held against.
 
 Written from the paper with raw moments and one loss at a time, so that nothing it computes shares an idea with
-`rules.py`, which it must never import.
+`alrc.rules`, which it must never import.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def alrc_trace(
     eps: float = 0.0,
     gain: float = 1.0,
     observe: int = 32,
+    signed: bool = False,
+    num_stddev_below: float | None = None,
 ) -> Trace:
     """Run ALRC over a stream of losses with plain loops and raw moments.
 
@@ -56,7 +58,9 @@ def alrc_trace(
         second_moment: Mean of squared elements, or square of the batch mean.
         eps: Added under the root.
         gain: Factor on both raw moments when the limit is made.
-        observe: Updates before the first limit when `start="auto"`.
+        observe: Updates before the first limit, and learned from after a shift, when `start="auto"`.
+        signed: Whether losses may be of either sign.
+        num_stddev_below: Standard deviations below the mean under which losses are limited too.
 
     Returns:
         The trace, all in float64.
@@ -68,6 +72,10 @@ def alrc_trace(
     """
     mu1, mu2 = (0.0, 0.0) if isinstance(start, str) else (float(start[0]), float(start[1]))
     updates = 0
+    rate = 0.0
+    recent: list[tuple[float, float]] = []
+    expected = 1 / (1 + num_stddev**2)
+    alarm = expected + (1 - expected) / 3
     all_limited: list[NDArray[np.float64]] = []
     all_scale: list[NDArray[np.float64]] = []
     limits: list[float] = []
@@ -75,38 +83,72 @@ def alrc_trace(
     mu2s: list[float] = []
     for losses in stream:
         array = np.asarray(losses, dtype=np.float64)
-        limit = gain * mu1 + num_stddev * math.sqrt(max(gain * mu2 - (gain * mu1) ** 2, 0.0) + eps)
-        if limit <= 0 or (start == "auto" and updates < observe):
-            limit = math.inf
+        std = math.sqrt(max(gain * mu2 - (gain * mu1) ** 2, 0.0) + eps)
+        limit = gain * mu1 + num_stddev * std
+        low = -math.inf if num_stddev_below is None else gain * mu1 - num_stddev_below * std
+        if (limit <= 0 and not signed) or (start == "auto" and updates < observe):
+            limit, low = math.inf, -math.inf
         ceiling = limit if limit < math.inf else 1e15
         limit = limit if limit < 1e15 else math.inf
         limited: list[float] = []
         scale: list[float] = []
-        fed: list[float] = []
+        raw: list[float] = []
+        is_hit: list[bool] = []
         for loss in array.ravel().tolist():
+            value, factor = loss, 1.0
             if not math.isfinite(loss):
-                limited.append(0.0)
-                scale.append(0.0)
+                value, factor = 0.0, 0.0
             elif loss > ceiling:
-                limited.append(ceiling)
-                scale.append(ceiling / loss)
-                fed.append(ceiling if feed == "limited" else loss)
-            else:
-                limited.append(loss)
-                scale.append(1.0)
-                fed.append(loss)
-        if fed:
-            mean = min(max(sum(fed) / len(fed), -1e15), 1e15)
-            square = sum(loss * loss for loss in fed) / len(fed) if second_moment == "elements" else mean * mean
+                base = ceiling - 2 * num_stddev * std if signed else 0.0
+                value, factor = ceiling, (ceiling - base) / (loss - base)
+            elif loss < low and (signed or loss > 0):
+                assert num_stddev_below is not None
+                top = low + 2 * num_stddev_below * std
+                value, factor = low, (top - low) / (top - loss)
+            limited.append(value)
+            scale.append(factor)
+            if math.isfinite(loss):
+                raw.append(loss)
+                is_hit.append(value != loss)
+        if raw:
+            fed = [value for value, loss in zip(limited, array.ravel().tolist(), strict=True) if math.isfinite(loss)]
+            fed = fed if feed == "limited" else raw
+            weights = [1.0] * len(fed)
             beta1, beta2 = betas
             if start == "auto":
-                beta1, beta2 = min(beta1, updates / (updates + 1)), min(beta2, updates / (updates + 1))
-            mu1 = beta1 * mu1 + (1 - beta1) * mean
-            mu2 = beta2 * mu2 + (1 - beta2) * square
+                share = sum(is_hit) / len(is_hit)
+                hit_weight = min(max(2 * rate / expected - 1, 0.0), 1.0) if feed == "limited" else 1.0
+                weights = [hit_weight if hit else 1.0 for hit in is_hit]
+                beta1, beta2 = (1 - max(4 / (updates + 4), 1 - beta) * sum(weights) / len(fed) for beta in betas)
+                level = sum(raw) / len(raw)
+                spread = sum((loss - level) ** 2 for loss in raw) / len(raw) if second_moment == "elements" else 0.0
+                recent = [*recent, (min(max(level, -1e15), 1e15), min(spread, 1e30))][-observe:]
+                rate += (share - rate) / 32
+            if sum(weights) > 0:
+                mean = sum(weight * loss for weight, loss in zip(weights, fed, strict=True)) / sum(weights)
+                mean = min(max(mean, -1e15), 1e15)
+                square = mean * mean
+                if second_moment == "elements":
+                    square = sum(weight * loss * loss for weight, loss in zip(weights, fed, strict=True)) / sum(weights)
+                mu1 = beta1 * mu1 + (1 - beta1) * mean
+                mu2 = beta2 * mu2 + (1 - beta2) * square
             updates += 1
+            if start == "auto" and (updates == observe or (updates > observe and rate > alarm)):
+                levels, spreads = (_winsorised([pair[i] for pair in recent]) for i in (0, 1))
+                mu1 = sum(levels) / observe
+                mu2 = sum(level * level for level in levels) / observe + sum(spreads) / observe
+                updates, rate = observe, 0.0
         all_limited.append(np.array(limited).reshape(array.shape))
         all_scale.append(np.array(scale).reshape(array.shape))
         limits.append(limit)
         mu1s.append(mu1)
         mu2s.append(mu2)
     return Trace(all_limited, all_scale, np.array(limits), np.array(mu1s), np.array(mu2s))
+
+
+def _winsorised(values: list[float]) -> list[float]:
+    """Move what lies farther than four quartile distances from the median to there."""
+    ordered = sorted(values)
+    middle, high = ordered[len(ordered) // 2], ordered[3 * len(ordered) // 4]
+    low = ordered[len(ordered) - 1 - 3 * len(ordered) // 4]
+    return [min(max(value, middle - 4 * (middle - low)), middle + 4 * (high - middle)) for value in values]

@@ -19,7 +19,10 @@ from alrc.rules import ALRC
 from drivers import Driver, Make, drive_class, drive_compiled, drive_numpy, drive_numpy32, drive_torch, drive_torch64
 
 # The tracing compiler warns about its own way of making an autograd context.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:ALRC met losses"),
+]
 
 START = (1.0, 1.04)
 """Mean 1, standard deviation 0.2: three of them make the limit 1.6."""

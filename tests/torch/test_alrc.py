@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from alrc import rules
 from alrc.moments import Moments
+from alrc.reference import alrc_trace
 from alrc.torch import ALRC, Telemetry
 
 NAN, INF = float("nan"), float("inf")
 START = (1.0, 1.04)
 """Mean 1, standard deviation 0.2: the limit is 1.6."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:ALRC met losses")  # It has tests of its own.
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -133,7 +136,7 @@ def test_derivatives_of_first_and_second_order_are_those_of_a_constant_factor(ap
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("start", ["auto", START], ids=str)
 def test_a_loss_that_is_not_finite_is_left_out(bad: float, start: Any) -> None:
-    poisoned, clean = ALRC(start=start, observe=2), ALRC(start=start, observe=2)
+    poisoned, clean = ALRC(start=start, observe=4), ALRC(start=start, observe=4)
     for losses in ([0.5, 2.0, 1.0], [9.0, 0.1, 0.2], [0.3, 0.3, 30.0]):
         clean(torch.tensor(losses))
         leaf = torch.tensor([losses[0], bad, *losses[1:], bad], requires_grad=True)
@@ -180,12 +183,14 @@ def test_gives_back_the_dtype_it_was_given_and_keeps_its_own(dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_squares_of_half_precision_losses_do_not_overflow(dtype: torch.dtype) -> None:
     stream = np.random.default_rng(1).uniform(300, 60_000, (64, 7))
+    stream = torch.tensor(stream).to(dtype)
     module = ALRC(num_stddev=10)
     for losses in stream:
-        limited = module(torch.tensor(losses).to(dtype))
+        limited = module(losses)
         assert torch.all(torch.isfinite(limited))
-    assert module.mu1.item() == pytest.approx(stream.mean(), rel=0.01)
-    assert module.mu2.item() == pytest.approx(np.square(stream).mean(), rel=0.01)
+    want = alrc_trace(stream.double().numpy(), num_stddev=10)
+    assert module.mu1.item() == pytest.approx(want.mu1[-1], rel=1e-5)
+    assert module.mu2.item() == pytest.approx(want.mu2[-1], rel=1e-5)
 
 
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float16)])
@@ -274,22 +279,28 @@ def test_follows_the_mode_of_the_model_it_is_part_of() -> None:
 
 def test_what_can_be_read_are_tensors() -> None:
     assert ALRC().last is None
-    module = ALRC(observe=1)
+    module = ALRC(observe=4)
     assert module.limit == INF
-    module(torch.tensor([1.0, 3.0]))
+    for _ in range(4):
+        module(torch.tensor([1.0, 3.0]))
     assert all(isinstance(value, Tensor) and value.ndim == 0 for value in (module.mu1, module.mu2, module.limit))
     assert (module.mu1, module.mu2, module.limit) == (2, 5, 5)
     assert isinstance(module.last, Telemetry)
     assert module.last.limit == INF  # The one these losses were held against.
+    assert torch.equal(module.last.scale, torch.ones(2))
+    assert module.last.largest == 3
 
-    module(torch.tensor([1.0, 10.0, 20.0, NAN, INF]))
+    module(torch.tensor([1.0, 10.0, 20.0, NAN, INF, 0.0]))
     assert module.last.limit == 5
-    torch.testing.assert_close(module.last.scale, torch.tensor([1, 0.5, 0.25, 0, 0]))
-    assert module.last.fraction_limited.item() == pytest.approx(2 / 3)
+    torch.testing.assert_close(module.last.scale, torch.tensor([1, 0.5, 0.25, 0, 0, 1]))
+    assert module.last.fraction_limited.item() == pytest.approx(2 / 4)
     assert module.last.nonfinite == 2
+    assert module.last.nonpositive == 1
+    assert module.last.largest == 20
     assert not module.last.nonfinite.is_floating_point()
-    assert module.mu1.item() == pytest.approx(2 + 0.5 * (11 / 3 - 2))
-    assert module.mu2.item() == pytest.approx(5 + 0.5 * (51 / 3 - 5))
+    want = alrc_trace([[1.0, 3.0]] * 4 + [[1.0, 10.0, 20.0, NAN, INF, 0.0]], observe=4)
+    assert module.mu1.item() == pytest.approx(want.mu1[-1])
+    assert module.mu2.item() == pytest.approx(want.mu2[-1])
     assert not any(value.requires_grad for value in (*module.last, module.mu1, module.mu2, module.limit))
 
 
@@ -343,7 +354,7 @@ def test_shows_its_settings() -> None:
 
 NASTY = [0.0, -0.0, 1e-45, 1e-38, 0.5, 1.0, 1e10, 1e19, 1e20, 3e38, -1.0, -3e38, NAN, INF, -INF]
 RULES = [
-    rules.ALRC(observe=1),
+    rules.ALRC(observe=4),
     rules.ALRC(start=START),
     rules.ALRC(start=(-1.0, 1.5)),
     rules.ALRC.paper(3.0, (0.99, 0.9), 1.0, 1.04),

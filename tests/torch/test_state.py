@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from alrc.torch import ALRC
 
-KEYS = {"mean", "var", "count", "version"}
+KEYS = {"mean", "var", "count", "rate", "recent", "version"}
 
 
-def used() -> ALRC:
-    """Make a module that has seen something."""
-    module = ALRC(observe=2)
-    for losses in ([1.0, 2.0], [3.0, 0.3], [0.1, 90.0]):
+def used(module: ALRC | None = None) -> ALRC:
+    """Make a module that has seen something, limits included."""
+    module = ALRC(observe=4) if module is None else module
+    for losses in ([1.0, 2.0], [3.0, 0.3], [0.1, 2.0], [1.0, 1.5], [0.7, 90.0]):
         module(torch.tensor(losses))
+    assert module.last is not None
+    assert module.last.fraction_limited > 0
     return module
 
 
@@ -36,14 +38,21 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-def test_state_dict_holds_four_numbers() -> None:
+def test_state_dict_holds_what_the_specification_says() -> None:
     state = used().state_dict()
     assert set(state) == KEYS
+    assert state.pop("recent").shape == (2, 4)
     assert all(value.ndim == 0 for value in state.values())
-    assert state["count"] == 3
-    assert state["version"] == 1
-    assert state["mean"].dtype == state["var"].dtype == torch.float32
+    assert state["count"] == 5
+    assert state["version"] == 2
+    assert state["mean"].dtype == state["var"].dtype == state["rate"].dtype == torch.float32
     assert not list(used().parameters())
+
+
+def test_state_dict_of_a_given_start_holds_four_numbers() -> None:
+    state = used(ALRC(start=(1.0, 1.04))).state_dict()
+    assert set(state) == {"mean", "var", "count", "version"}
+    assert state["version"] == 1
 
 
 def test_state_dict_of_a_model_names_them_under_the_module() -> None:
@@ -52,7 +61,7 @@ def test_state_dict_of_a_model_names_them_under_the_module() -> None:
 
 
 def test_loads_strictly() -> None:
-    module, fresh = used(), ALRC(observe=2)
+    module, fresh = used(), ALRC(observe=4)
     outcome = fresh.load_state_dict(module.state_dict())
     assert not outcome.missing_keys
     assert not outcome.unexpected_keys
@@ -68,7 +77,7 @@ def test_loads_in_the_safe_mode_of_torch() -> None:
     module = used()
     torch.save(module.state_dict(), stored)
     stored.seek(0)
-    fresh = ALRC()
+    fresh = ALRC(observe=4)
     fresh.load_state_dict(torch.load(stored, weights_only=True))
     assert_same_state(fresh, module)
 
@@ -78,21 +87,21 @@ def test_a_missing_entry_is_an_error(key: str) -> None:
     state = used().state_dict()
     del state[key]
     with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
-        ALRC().load_state_dict(state)
+        ALRC(observe=4).load_state_dict(state)
 
 
 def test_a_strange_entry_is_an_error() -> None:
     state = {**used().state_dict(), "mu1": torch.tensor(1.0)}
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"mu1"'):
-        ALRC().load_state_dict(state)
+        ALRC(observe=4).load_state_dict(state)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99])
+@pytest.mark.parametrize("version", [0, 1, 99])
 def test_an_unknown_version_is_an_error_that_names_both(version: int) -> None:
     model = nn.ModuleDict({"limit": used()})
     before = copy.deepcopy(model)
     state = {**model.state_dict(), "limit.version": torch.tensor(version), "limit.mean": torch.tensor(7.0)}
-    with pytest.raises(RuntimeError, match=rf"'limit\.' has version {version}\b.* version 1\b"):
+    with pytest.raises(RuntimeError, match=rf"'limit\.' has version {version}\b.* version 2\b"):
         model.load_state_dict(state)
     with pytest.raises(RuntimeError, match="version"):
         model.load_state_dict(state, strict=False)
@@ -101,7 +110,7 @@ def test_an_unknown_version_is_an_error_that_names_both(version: int) -> None:
 
 def test_loading_keeps_the_precision_of_the_module() -> None:
     state = {key: value.half() if value.is_floating_point() else value for key, value in used().state_dict().items()}
-    module = ALRC()
+    module = ALRC(observe=4)
     module.load_state_dict(state)
     assert module.mean.dtype == module.var.dtype == torch.float32
 
@@ -112,7 +121,7 @@ def test_loading_keeps_the_precision_of_the_module() -> None:
     ids=["deepcopy", "pickle", "deepcopy of a model"],
 )
 def test_copies_are_equal_and_independent(duplicate: Any) -> None:
-    module = ALRC(2.0, betas=(0.9, 0.95), observe=2)
+    module = ALRC(2.0, betas=(0.9, 0.95), observe=4)
     leaf = torch.tensor([1.0, 2.0], requires_grad=True)
     (module(leaf) * leaf).sum()  # Leaves a graph behind, which a copy must not trip over.
     twin = duplicate(module)

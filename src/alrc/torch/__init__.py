@@ -4,6 +4,7 @@ Measures tensors, lets a rule decide, scales. Contains no arithmetic of a rule a
 here reads a tensor's value, so nothing waits for the device.
 """
 
-from alrc.torch.loss import ALRC, Huber, Telemetry, estimate_start
+from alrc.torch.huber import Huber, estimate_start
+from alrc.torch.loss import ALRC, Telemetry
 
 __all__ = ["ALRC", "Huber", "Telemetry", "estimate_start"]

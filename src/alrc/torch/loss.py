@@ -1,68 +1,28 @@
-"""ALRC for PyTorch: measure the losses, let `alrc.rules` decide, scale their gradients."""
+"""ALRC for PyTorch: measure the losses, let `alrc.rules` decide, scale their gradients.
+
+On a CPU the rule runs on numpy views of the tensors, which costs a third of running it on the tensors; everywhere else
+it runs on the tensors, and nothing waits for the device.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alrc import rules
-from alrc.moments import Moments
-from alrc.moments import estimate_start as estimate_start_of_array
 from alrc.ops import Ops
+from alrc.rules import Batch
+from alrc.torch.autograd import Limit, ScaleGradient
+from alrc.torch.host import FINITE_HOST, HOST, is_on_host, number_of
+from alrc.torch.learner import Learner, quiet
 from alrc.torch.ops import EAGER, TRACED, is_transforming
 
-__all__ = ["ALRC", "Huber", "Telemetry", "estimate_start"]
-
-_STATE_VERSION = 1
-
-
-class _Limit(torch.autograd.Function):
-    """Limit losses and learn from them, with a gradient that is scaled by a constant.
-
-    Gradients are off inside `forward`. The form below works everywhere; this one costs a third of it per call.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, losses: Tensor, module: ALRC) -> Tensor:
-        """Return the limited values."""
-        limited, scale, ceiling = module._learn(losses, EAGER)
-        module._seen[0] = scale, ceiling
-        ctx.save_for_backward(scale)
-        return limited if limited.dtype == losses.dtype else limited.to(losses.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
-        """Scale the gradient of each loss."""
-        (scale,) = ctx.saved_tensors
-        (gradient,) = grad_outputs
-        scaled = gradient * scale
-        return scaled if scaled.dtype == gradient.dtype else scaled.to(gradient.dtype), None
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """Scale a gradient under `torch.func` transforms and `torch.compile`, in the form those ask for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(losses: Tensor, limited: Tensor, scale: Tensor) -> Tensor:
-        """Return the limited values."""
-        return limited.to(losses.dtype, copy=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the gradient factors."""
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
-        """Scale the gradient of each loss."""
-        (scale,) = ctx.saved_tensors
-        (gradient,) = grad_outputs
-        return (gradient * scale).to(gradient.dtype), None, None
+__all__ = ["ALRC", "Telemetry"]
 
 
 class Telemetry(NamedTuple):
@@ -74,29 +34,45 @@ class Telemetry(NamedTuple):
     limit: Tensor
     """L_max the losses were held against, 0-d; inf where nothing is limited."""
     scale: Tensor
-    """Gradient factor of every loss, in [0, 1], shape of the losses."""
+    """Gradient factor of every loss, in [0, 1], shape of the losses; 0 where masked or not finite."""
     fraction_limited: Tensor
     """Share of the finite losses that were limited, 0-d, in [0, 1]."""
     nonfinite: Tensor
-    """Number of losses that were NaN or infinite, 0-d integer."""
+    """Number of losses that were NaN or infinite, 0-d integer; masked ones do not count."""
+    nonpositive: Tensor
+    """Number of losses ≤ 0, 0-d integer: a rule that is not `signed` never limits them (S7)."""
+    largest: Tensor
+    """Largest finite loss before it was limited, 0-d; -inf if there was none."""
 
 
-class ALRC(nn.Module):
+class _Seen(NamedTuple):
+    """Hold what telemetry is made from, should anybody ask."""
+
+    losses: Tensor
+    scale: Tensor | None
+    ceiling: Any
+    mask: Tensor | None
+
+
+class ALRC(Learner):
     """Limit losses to a number of running standard deviations above their running mean.
 
     Call it on the losses before they are averaged. A loss above L_max = mean + num_stddev · std gets the value L_max
     and the gradient (L_max / L) · ∇L; every other loss passes unchanged (SPEC S5, S6). In train mode each call updates
-    the moments once; in eval mode losses pass through and nothing is learned. State is float32 or better.
+    the moments once, or each step of the optimiser it is attached to; in eval mode losses pass through.
 
     Args:
         num_stddev: Standard deviations n above the mean, > 0.
         betas: Decay rates of the running first and second moment, each in [0, 1).
-        start: `"auto"` learns the loss scale in the first `observe` updates; or raw moments `(mu1, mu2)`.
+        start: `"auto"` learns the loss scale and its shifts; or raw moments `(mu1, mu2)`, followed as published.
         feed: Which losses the moments see, `"limited"` or `"unlimited"`.
         second_moment: `"elements"` averages squared elements of a batch, `"mean"` squares their mean.
         eps: Added to the variance under the root.
         gain: Factor on both raw moments when the limit is made; 1 except in `ALRC.cifar_scripts`.
-        observe: Updates before the first limit when `start="auto"`, 1 to 32.
+        observe: Updates before the first limit when `start="auto"`, 4 to 256.
+        signed: Whether losses may be of either sign.
+        num_stddev_below: Standard deviations below the mean under which losses are limited too; None for none.
+        sync: True, or a process group, to learn from the losses of all processes (S24).
 
     Raises:
         ValueError: If a setting is outside its range; the message names the value.
@@ -104,19 +80,15 @@ class ALRC(nn.Module):
     Example:
         >>> limit = ALRC(start=(1.0, 1.04))
         >>> losses = torch.tensor([0.5, 2.0, 4.0], requires_grad=True)
-        >>> limited = limit(losses)
-        >>> limited.sum().backward()
-        >>> print(limited.detach(), losses.grad)
-        tensor([0.5000, 1.6000, 1.6000]) tensor([1.0000, 0.8000, 0.4000])
+        >>> limit(losses).sum().backward()
+        >>> print(losses.grad)
+        tensor([1.0000, 0.8000, 0.4000])
 
     References:
         Ede & Beanland 2020, "Adaptive learning rate clipping stabilizes learning", Algorithm 1.
     """
 
-    mean: Tensor
-    var: Tensor
-    count: Tensor
-    version: Tensor
+    _has_warned = False
 
     def __init__(
         self,
@@ -129,24 +101,27 @@ class ALRC(nn.Module):
         eps: float = 0.0,
         gain: float = 1.0,
         observe: int = 32,
+        signed: bool = False,
+        num_stddev_below: float | None = None,
+        sync: Any = False,
     ) -> None:
-        super().__init__()
-        others = {"second_moment": second_moment, "eps": eps, "gain": gain, "observe": observe}
-        self._hold(rules.ALRC(num_stddev, betas=betas, start=start, feed=feed, **others))
+        others: dict[str, Any] = {"second_moment": second_moment, "eps": eps, "gain": gain, "observe": observe}
+        others |= {"signed": signed, "num_stddev_below": num_stddev_below}
+        super().__init__(rules.ALRC(num_stddev, betas=betas, start=start, feed=feed, **others), sync)
 
     @classmethod
-    def from_rule(cls, rule: rules.ALRC) -> Self:
+    def from_rule(cls, rule: rules.ALRC, sync: Any = False) -> Self:
         """Make the module that applies a pure rule.
 
         Args:
             rule: Any `alrc.rules.ALRC`.
+            sync: True, or a process group, to learn from the losses of all processes.
 
         Returns:
             A module in train mode with the rule's initial state.
         """
         module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._hold(rule)
+        Learner.__init__(module, rule, sync)
         return module
 
     @classmethod
@@ -176,161 +151,140 @@ class ALRC(nn.Module):
         """Follow the authors' squared-error CIFAR-10 scripts; see `alrc.rules.ALRC.cifar_scripts`."""
         return cls.from_rule(rules.ALRC.cifar_scripts(num_stddev))
 
-    def forward(self, losses: Tensor) -> Tensor:
+    def forward(self, losses: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Limit `losses` and, in train mode, learn from them.
 
         Args:
             losses: Floating-point losses of any shape and dtype: one loss, a batch, or summands such as pixels.
+            mask: Boolean, broadcasts to `losses`; false where there is no loss (padding). Such elements get value and
+                gradient 0, whatever they hold, and are not learned from; if nothing is left the state stays.
+            weight: How much each loss counts in the moments, ≥ 0, broadcasts to `losses`. The result is not multiplied.
 
         Returns:
             Limited losses, same shape, dtype and device; their gradient is that of `losses` times `last.scale`.
 
         Raises:
-            TypeError: If `losses` is not a floating-point tensor.
+            TypeError: If `losses` or `weight` is not floating point, or `mask` not boolean.
         """
         if not losses.is_floating_point():
             raise TypeError(f"losses must be a floating-point tensor, got {losses.dtype}; average or cast them first.")
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}; use mask != 0, or weight= for weights.")
+        if weight is not None and not weight.is_floating_point():
+            raise TypeError(f"weight must be a floating-point tensor, got {weight.dtype}; use weight.float().")
         if not self.training:
             return losses
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling and not is_transforming():
-            return _Limit.apply(losses, self)  # pyright: ignore[reportReturnType]
+            limited, scale, when_used = self._judge(losses.detach(), mask, weight)
+            if scale is None and when_used is None:
+                return losses.clone()
+            return Limit.apply(losses, limited, scale, when_used)  # pyright: ignore[reportReturnType]
+        if self._group is not None:
+            raise RuntimeError("sync=True does not work inside torch.compile or torch.func; call this ALRC outside.")
         with torch.no_grad():
-            limited, scale, ceiling = self._learn(losses.detach(), TRACED)
+            state = self._state(False)
+            decision, batch = self._measure(losses.detach(), mask, weight, state, TRACED)
+            if self._attachment is None:
+                self._write(self.rule.commit(batch, state, TRACED), False)
+            else:
+                self._attachment.observe(batch)
         # Tensors of a transform are dead outside of it.
-        self._seen[0] = (scale, ceiling) if is_compiling else None
-        return _ScaleGradient.apply(losses, limited, scale)  # pyright: ignore[reportReturnType]
-
-    @property
-    def limit(self) -> Tensor:
-        """L_max for the next losses, 0-d; inf while nothing can be limited."""
-        with torch.no_grad():
-            return self.rule.limit(Moments(self.mean, self.var, self.count), EAGER)
-
-    @property
-    def mu1(self) -> Tensor:
-        """Running mean of the losses, 0-d."""
-        return self.mean.clone()
-
-    @property
-    def mu2(self) -> Tensor:
-        """Running mean of the squared losses, 0-d."""
-        return Moments(self.mean, self.var, self.count).mu2
+        self._seen[0] = _Seen(losses.detach(), decision.scale, decision.ceiling, mask) if is_compiling else None
+        return ScaleGradient.apply(losses, decision.limited, decision.scale)  # pyright: ignore[reportReturnType]
 
     @property
     def last(self) -> Telemetry | None:
         """What happened to the losses of the last call in train mode; None before the first."""
         if self._seen[0] is None:
             return None
-        scale, ceiling = self._seen[0]
+        losses, scale, ceiling, mask = self._seen[0]
         with torch.no_grad():
-            nonfinite = (scale == 0).sum()
+            if scale is None:
+                scale = torch.ones_like(losses, dtype=torch.promote_types(losses.dtype, torch.float32))
+            ceiling = torch.as_tensor(ceiling, dtype=scale.dtype)
+            is_finite = scale > 0
+            number = is_finite.sum()
+            masked = 0 if mask is None else (~mask).expand(scale.shape).sum()
+            largest = torch.where(is_finite, losses.to(scale.dtype), -torch.inf)
             return Telemetry(
                 limit=torch.where(ceiling < rules.LARGEST_LOSS, ceiling, torch.inf),
                 scale=scale,
-                fraction_limited=((scale < 1).sum() - nonfinite) / (scale.numel() - nonfinite).clamp(min=1),
-                nonfinite=nonfinite,
+                fraction_limited=((scale < 1) & is_finite).sum() / number.clamp(min=1),
+                nonfinite=scale.numel() - number - masked,
+                nonpositive=((losses <= 0) & is_finite).sum(),
+                largest=largest.max() if largest.numel() else largest.new_full((), -torch.inf),
             )
 
     def extra_repr(self) -> str:
         """Show the settings that differ from the defaults."""
         default = rules.ALRC()
         shown = [f"{name}={value!r}" for name, value in vars(self.rule).items() if value != getattr(default, name)]
-        return ", ".join(shown)
+        return ", ".join(shown + ["sync=True"] * (self._sync is not False))
 
-    def _hold(self, rule: rules.ALRC) -> None:
-        """Take a rule and make its state."""
-        self.rule = rule
-        self._seen: list[tuple[Tensor, Tensor] | None] = [None]
-        start = rule.init()
-        self.register_buffer("mean", torch.tensor(start.mean, dtype=torch.float32))
-        self.register_buffer("var", torch.tensor(start.var, dtype=torch.float32))
-        self.register_buffer("count", torch.tensor(start.count, dtype=torch.int64))
-        # A buffer, not module metadata: it survives every checkpoint format that stores tensors.
-        self.register_buffer("version", torch.tensor(_STATE_VERSION, dtype=torch.int64))
-
-    def _learn(self, losses: Tensor, ops: Ops) -> rules.Decision:
-        """Decide about detached losses and take them into the moments."""
-        buffers = self._buffers
-        state = Moments(buffers["mean"], buffers["var"], buffers["count"])
+    def _measure(self, losses: Any, mask: Any, weight: Any, state: Any, ops: Ops) -> tuple[rules.Decision, Batch]:
+        """Decide about losses and say what they tell."""
         if losses.dtype != state.mean.dtype and losses.dtype.itemsize < state.mean.dtype.itemsize:
             losses = losses.to(state.mean.dtype)
+        if mask is not None:
+            losses = losses.masked_fill(~mask, torch.nan)
+        if weight is not None:
+            weight = weight.detach().to(losses.dtype).expand(losses.shape)
         decision = self.rule.decide(losses, state, ops)
-        for old, new in zip(state, self.rule.update(losses, decision, state, ops), strict=True):
-            old.copy_(new)
-        return decision
+        return decision, self.rule.measure(losses, decision, state, ops, weight)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the state as asked, but never into less than float32: `model.half()` must not ruin the variance."""
-        moments = self.mean, self.var
-        super()._apply(fn, recurse)
-        for name, before in zip(("mean", "var"), moments, strict=True):
-            if getattr(self, name).dtype.itemsize < torch.float32.itemsize:
-                setattr(self, name, before.to(getattr(self, name).device))
-        self._seen[0] = None
-        return self
+    def _judge(self, losses: Tensor, mask: Any, weight: Any) -> tuple[Tensor, Tensor | None, Callable[[], None] | None]:
+        """Limit detached losses; return values, factors (None: all 1), what to do when their gradient has flowed."""
+        self._settle()
+        attachment = self._attachment
+        if attachment is not None:
+            attachment.begin()
+        on_host = is_on_host(losses) and self._is_on_host
+        state = self._state(on_host)
+        with quiet():
+            if on_host:
+                limited, scale, batch = self._judge_on_host(losses, mask, weight, state)
+            else:
+                decision, batch = self._measure(losses, mask, weight, state, EAGER)
+                limited, scale = decision.limited, decision.scale
+                self._seen[0] = _Seen(losses, scale, decision.ceiling, mask)
+            if attachment is not None:
+                return limited, scale, lambda: attachment.observe(batch)
+            # A forward pass inside a backward pass is checkpointing at work: these losses have been learned from.
+            if torch._C._current_graph_task_id() == -1:
+                self._take(batch, state, on_host, None)
+        return limited, scale, None
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **others: Any) -> None:
-        """Refuse a state that another version of the rule wrote."""
-        version = state_dict.get(f"{prefix}version")
-        if version is not None and int(version) != _STATE_VERSION:
-            raise RuntimeError(
-                f"the ALRC state under '{prefix}' has version {int(version)}, but this alrc reads version "
-                f"{_STATE_VERSION}; load it with the alrc that wrote it, or leave its four entries out to start afresh."
+    def _judge_on_host(self, losses: Tensor, mask: Any, weight: Any, state: Any) -> tuple[Tensor, Tensor | None, Batch]:
+        """Decide about losses in the host's memory, where looking at them is free and most steps have nothing to do."""
+        rule, ops, looked = self.rule, HOST, mask is None and losses.numel() > 0
+        wide = losses
+        if looked:
+            if losses.dtype.itemsize < state.mean.dtype.itemsize:
+                wide = losses.to(self._buffers["mean"].dtype)  # pyright: ignore[reportOptionalMemberAccess]
+            lowest, largest = (number_of(bound) for bound in torch.aminmax(wide))
+            # NaN makes both NaN, and NaN is never between two numbers.
+            if -np.inf < lowest <= largest < np.inf:
+                ops = FINITE_HOST
+                if lowest <= 0:
+                    self._warn_of_sign(lowest)
+                if weight is None and type(rule) is rules.ALRC:
+                    batch, ceiling = rule.calm(wide, largest, state, ops)
+                    if batch is not None:
+                        self._seen[0] = _Seen(losses, None, ceiling, None)
+                        return losses, None, batch
+        decision, batch = self._measure(wide, mask, weight, state, ops)
+        self._seen[0] = _Seen(losses, decision.scale, decision.ceiling, mask)
+        if ops is HOST and losses.numel():
+            self._warn_of_sign(number_of(torch.where(decision.scale > 0, decision.limited, torch.inf).min()))
+        return decision.limited, decision.scale, batch
+
+    def _warn_of_sign(self, lowest: Any) -> None:
+        """Say once that losses ≤ 0 are not limited; on a CPU only, where looking costs next to nothing."""
+        if lowest <= 0 and not (self._has_warned or self.rule.signed):
+            self._has_warned = True
+            warnings.warn(
+                f"ALRC met losses ≤ 0 (the lowest is {lowest:g}) and does not limit such: pass signed=True if losses "
+                "may be negative, or mask= if zeros stand for padding.",
+                stacklevel=7,
             )
-        super()._load_from_state_dict(state_dict, prefix, *rest, **others)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the last losses out of copies and pickles."""
-        return {**super().__getstate__(), "_seen": [None]}
-
-
-class Huber(nn.Module):
-    """Replace losses above `h` by √(h·L), the Huberisation the paper compares with (SPEC S13).
-
-    Args:
-        h: Loss above which the root sets in, > 0.
-
-    Example:
-        >>> losses = torch.tensor([0.25, 4.0], requires_grad=True)
-        >>> Huber(h=1.0)(losses).sum().backward()
-        >>> print(losses.grad)
-        tensor([1.0000, 0.2500])
-
-    References:
-        Ede & Beanland 2020, section I.
-    """
-
-    def __init__(self, h: float = 1.0) -> None:
-        super().__init__()
-        self.rule = rules.Huber(h)
-
-    def forward(self, losses: Tensor) -> Tensor:
-        """Map `losses` of any shape; differentiable to every order, in train and eval mode alike."""
-        return self.rule.decide(losses, None, TRACED).limited
-
-
-def estimate_start(losses: Tensor, overestimate: float = 3.0) -> tuple[float, float]:
-    """Estimate `start=(mu1, mu2)` for the published presets from some losses of the untrained network.
-
-    Waits for the device, once. `ALRC()` needs no estimate.
-
-    Args:
-        losses: Losses of any shape, dtype and device; non-finite ones are ignored. At least two different values.
-        overestimate: Factor on the loss scale, ≥ 1.
-
-    Returns:
-        `(mu1, mu2)` with `mu2 > mu1²`.
-
-    Raises:
-        ValueError: If `overestimate` < 1, or the losses have no spread.
-
-    Example:
-        >>> mu1, mu2 = estimate_start(torch.tensor([1.0, 3.0]))
-        >>> ALRC.paper(mu1=mu1, mu2=mu2).limit
-        tensor(15.)
-
-    References:
-        Ede & Beanland 2020, section II, and the README of their published code.
-    """
-    return estimate_start_of_array(losses.detach().double().cpu().numpy(), overestimate)

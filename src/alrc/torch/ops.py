@@ -5,7 +5,7 @@ Exists apart from the modules that use it because every one of them needs it. Im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class TorchOps:
     where: Any = staticmethod(torch.where)
     clip: Any = staticmethod(torch.clamp)
     ceil: Any = staticmethod(torch.ceil)
+    divide: Any = staticmethod(torch.true_divide)
     total: Any = staticmethod(torch.sum)
 
     def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
@@ -32,10 +33,22 @@ class TorchOps:
         """Return the element-wise maximum, in place of `x`."""
         return x.clamp_(min=y)
 
+    def row_total(self, x: Tensor, /) -> Tensor:
+        """Return the sum along the last axis."""
+        return x.sum(-1)
+
     def total_square(self, x: Tensor, /) -> Tensor:
         """Return the sum of squares."""
         flat = x.reshape(-1)
         return torch.dot(flat, flat)
+
+    def dot(self, x: Tensor, y: Tensor, /) -> Tensor:
+        """Return the sum of x · y over all elements."""
+        return torch.dot(x.reshape(-1), y.reshape(-1))
+
+    def count_nonzero(self, x: Tensor, /) -> Tensor:
+        """Return the number of elements that are not 0."""
+        return torch.count_nonzero(x).to(x.dtype)
 
     def replace_nonfinite(self, x: Tensor, value: float, /) -> Tensor:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
@@ -62,8 +75,22 @@ class TorchOps:
         return torch.sort(x)[0]
 
     def put(self, x: Tensor, index: Tensor, value: Tensor, /) -> Tensor:
-        """Return a copy of `x` with `value` at the 0-d integer `index` of the last axis."""
-        return x.index_copy(-1, index.reshape(1), value.unsqueeze(-1))
+        """Return a copy of `x` with `value` at the integer `index` of the last axis, one index for each row."""
+        return x.scatter(-1, index.unsqueeze(-1), value.unsqueeze(-1))
+
+    def take(self, x: Tensor, index: Tensor, /) -> Tensor:
+        """Return the element at `index` of the last axis, one index for each row."""
+        return x.gather(-1, index.long().unsqueeze(-1)).squeeze(-1)
+
+    def push(self, x: Tensor, value: Tensor, /) -> Tensor:
+        """Return `x` without the first and with `value` as the last element of the last axis."""
+        return torch.cat((x[..., 1:], value.unsqueeze(-1)), -1)
+
+    def select(
+        self, condition: Tensor, make: Callable[[], tuple[Tensor, ...]], others: tuple[Tensor, ...], /
+    ) -> tuple[Tensor, ...]:
+        """Return what `make` returns where the condition holds, else `others`."""
+        return tuple(torch.where(condition, x, y) for x, y in zip(make(), others, strict=True))
 
 
 class TracedOps(TorchOps):

@@ -1,0 +1,119 @@
+"""What one batch of losses says about their level, in a form that can be merged.
+
+The micro-batches of one update and the shards of several processes are merged before they enter the state, so that they
+equal the joined batch (SPEC S23, S24). Must import no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+from alrc.ops import NUMPY, Ops
+
+__all__ = ["Batch"]
+
+
+class Batch(NamedTuple):
+    """Hold the statistics of some losses, 0-d arrays.
+
+    The last three are there for `start="auto"` only, else None.
+
+    Example:
+        >>> batch = Batch.merged([Batch(3.0, 3.0, 2.0, 0.5), Batch(1.0, 1.0, 6.0, None)])
+        >>> batch.number, batch.mean, batch.var
+        (4.0, 3.0, 3.375)
+
+    References:
+        Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
+    """
+
+    number: Any
+    """Number of finite losses, or the sum of their weights."""
+    kept: Any
+    """The same with limited losses weighted as S17 says: the weight of `mean` and `var`."""
+    mean: Any
+    """Mean of the losses that the moments are fed with."""
+    var: Any = None
+    """Their variance, ≥ 0; None for a single loss, or where the second moment is that of the mean (S11)."""
+    hits: Any = None
+    """Number of limited losses, or the sum of their weights."""
+    raw_mean: Any = None
+    """Mean of the losses before they were limited."""
+    raw_var: Any = None
+    """Their variance, ≥ 0."""
+
+    @classmethod
+    def merged(cls, batches: Sequence[Batch], ops: Ops = NUMPY) -> Batch:
+        """Return the statistics of the joined batch.
+
+        Args:
+            batches: At least one, all measured with one state.
+            ops: Primitives of the framework they live in.
+
+        Returns:
+            One batch; that itself when there is only one.
+        """
+        return reduce(lambda one, other: one._merged_with(other, ops), batches)
+
+    def sums(self, center: Any, ops: Ops = NUMPY) -> Any:
+        """Return count, sum and centred square sum, which add up over processes.
+
+        Args:
+            center: 0-d reference that all processes share, such as the running mean.
+            ops: Primitives of the framework.
+
+        Returns:
+            Array of shape (3,), or (7,) where all fields are there.
+        """
+        gap = self.mean - center
+        var = 0 * gap if self.var is None else self.var
+        sums = [self.number, self.kept, self.kept * gap, self.kept * (var + gap * gap)]
+        if self.hits is not None:
+            gap = self.raw_mean - center
+            sums += [self.hits, self.number * gap, self.number * (self.raw_var + gap * gap)]
+        return ops.stack(sums)
+
+    @classmethod
+    def from_sums(cls, sums: Any, center: Any, ops: Ops = NUMPY) -> Batch:
+        """Return the batch that has these sums.
+
+        Args:
+            sums: What `sums` returned, added up.
+            center: The reference it was given.
+            ops: Primitives of the framework.
+
+        Returns:
+            The joined batch.
+        """
+
+        def level(weight: Any, total: Any, square: Any) -> tuple[Any, Any]:
+            divisor = ops.where(weight > 0, weight, 1.0)
+            gap = total / divisor
+            return center + gap, ops.clip(square / divisor - gap * gap, 0.0, None)
+
+        batch = cls(sums[0], sums[1], *level(sums[1], sums[2], sums[3]))
+        if sums.shape[0] == 4:
+            return batch
+        return cls(*batch[:4], sums[4], *level(sums[0], sums[5], sums[6]))
+
+    def _merged_with(self, other: Batch, ops: Ops) -> Batch:
+        """Return the statistics of two batches as one."""
+
+        def level(weights: Any, means: Any, variances: Any) -> tuple[Any, Any]:
+            both = weights[0] + weights[1]
+            share = weights[1] / ops.where(both > 0, both, 1.0)
+            gap = means[1] - means[0]
+            within = [0 if var is None else var for var in variances]
+            return means[0] + share * gap, within[0] + share * (within[1] - within[0]) + share * (1 - share) * gap * gap
+
+        batch = Batch(
+            self.number + other.number,
+            self.kept + other.kept,
+            *level((self.kept, other.kept), (self.mean, other.mean), (self.var, other.var)),
+        )
+        if self.hits is None:
+            return batch
+        raw = level((self.number, other.number), (self.raw_mean, other.raw_mean), (self.raw_var, other.raw_var))
+        return Batch(*batch[:4], self.hits + other.hits, *raw)

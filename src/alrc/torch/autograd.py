@@ -1,0 +1,65 @@
+"""The two autograd functions through which a limited loss passes its gradient back, scaled by a constant.
+
+Exists apart from the module because `torch.func` transforms and the compiler ask for another form than eager mode,
+in which that form costs four times as much per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Limit", "ScaleGradient"]
+
+
+class Limit(torch.autograd.Function):
+    """Limit losses in eager mode. Gradients are off inside `forward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, losses: Tensor, limited: Tensor, scale: Tensor | None, when_used: Callable[[], None] | None
+    ) -> Tensor:
+        """Return the limited values; `when_used` is called once their gradient has come, `scale` None is 1."""
+        ctx.when_used, ctx.is_scaled = when_used, scale is not None
+        if scale is None:
+            return losses.clone()
+        ctx.save_for_backward(scale)
+        return limited if limited.dtype == losses.dtype else limited.to(losses.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
+        """Scale the gradient of each loss."""
+        (gradient,) = grad_outputs
+        if ctx.when_used is not None:
+            ctx.when_used()
+            ctx.when_used = None  # A graph may be used twice; its losses count once.
+        if ctx.is_scaled:
+            (scale,) = ctx.saved_tensors
+            gradient = (gradient * scale).to(gradient.dtype)
+        return gradient, None, None, None
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Scale a gradient under `torch.func` transforms and `torch.compile`, in the form those ask for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(losses: Tensor, limited: Tensor, scale: Tensor) -> Tensor:
+        """Return the limited values."""
+        return limited.to(losses.dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the gradient factors."""
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+        """Scale the gradient of each loss."""
+        (scale,) = ctx.saved_tensors
+        (gradient,) = grad_outputs
+        return (gradient * scale).to(gradient.dtype), None, None

@@ -1,0 +1,218 @@
+"""What a limiter remembers, and when: its state as buffers, and the three moments at which a batch may enter it.
+
+A batch enters at once, or when the optimiser steps (`attachment.py`), or when the other processes have told theirs
+(`processes.py`). `loss.py` says what becomes of the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from alrc import rules
+from alrc.rules import Batch
+from alrc.torch.attachment import Attachment
+from alrc.torch.host import HOST, is_on_host, number_of
+from alrc.torch.ops import EAGER
+from alrc.torch.processes import Joining, group_of
+
+__all__ = ["Learner", "quiet"]
+
+_STATE_VERSIONS = {"Moments": 1, "Watched": 2}
+"""Version of the state dictionary for each kind of state (SPEC S16)."""
+
+
+def quiet() -> Any:
+    """Keep numpy quiet about overflow, which the rule deals with (S8)."""
+    return np.errstate(all="ignore")
+
+
+class Learner(nn.Module):
+    """Hold the state of a rule and take batches into it.
+
+    Args:
+        rule: The rule.
+        sync: True, or a process group, to learn from the batches of all processes.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    version: Tensor
+
+    def __init__(self, rule: rules.ALRC, sync: Any) -> None:
+        super().__init__()
+        self.rule, self._sync = rule, sync
+        self._attachment: Attachment | None = None
+        self._joining: Joining | None = None
+        self._seen: list[Any] = [None]
+        start = rule.init()
+        self._kind: Any = type(start)
+        for name, value in zip(start._fields, start, strict=True):
+            dtype = torch.int64 if name == "count" else torch.float32
+            self.register_buffer(name, torch.tensor(value, dtype=dtype))
+        # A buffer, not module metadata: it survives every checkpoint format that stores tensors.
+        self.register_buffer("version", torch.tensor(_STATE_VERSIONS[self._kind.__name__], dtype=torch.int64))
+        self.register_state_dict_pre_hook(Learner._settle)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
+        """Update the moments once for each step of an optimiser, instead of once for each call (S23).
+
+        A loss is observed when its gradient has been computed, and enters the moments when the optimiser steps: k
+        micro-batches equal one batch; what activation checkpointing computes again, evaluations without a backward
+        pass, and the later evaluations of a closure count once or not at all; skipped steps commit nothing. Whether
+        a step was skipped is read from `optimizer.found_inf`, where loss scalers and `StepGuard` leave it.
+
+        Args:
+            optimizer: The optimiser that steps on these losses.
+
+        Returns:
+            This module.
+        """
+        self.detach()
+        self._attachment = Attachment(optimizer, self._commit_step)
+        return self
+
+    def detach(self) -> None:
+        """Undo `attach`: each call updates the moments again."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+
+    def discard(self) -> None:
+        """Forget what was observed since the last step; done for you when gradients are set to None."""
+        if self._attachment is not None:
+            self._attachment.discard()
+
+    @property
+    def limit(self) -> Tensor:
+        """L_max for the next losses, 0-d; inf while nothing can be limited."""
+        self._settle()
+        with torch.no_grad():
+            return self.rule.limit(self._state(False), EAGER)
+
+    @property
+    def mu1(self) -> Tensor:
+        """Running mean of the losses, 0-d."""
+        return self.mean.clone()
+
+    @property
+    def mu2(self) -> Tensor:
+        """Running mean of the squared losses, 0-d."""
+        return self.var + self.mean * self.mean
+
+    def __getattr__(self, name: str) -> Any:
+        """Finish an update that still waits for other processes before somebody reads the state."""
+        if name in ("mean", "var", "count", "rate", "recent"):
+            self._settle()
+        return super().__getattr__(name)
+
+    @property
+    def _group(self) -> Any:
+        """Process group to learn with, None where this process is alone."""
+        return None if self._sync is False else group_of(self._sync)
+
+    def _state(self, on_host: bool) -> Any:
+        """Return the state, as tensors, or as numpy numbers that share no memory with it."""
+        buffers: Any = self._buffers
+        if on_host:
+            return self._kind(*(number_of(buffers[name]) for name in self._kind._fields))
+        return self._kind(*(buffers[name] for name in self._kind._fields))
+
+    def _write(self, state: Any, on_host: bool) -> None:
+        """Write a new state in place: graphs, replicas and views of it see the update."""
+        buffers: Any = self._buffers
+        for name, value in zip(self._kind._fields, state, strict=True):
+            if on_host:
+                buffers[name].numpy()[...] = value
+            else:
+                buffers[name].copy_(value)
+
+    @property
+    def _is_on_host(self) -> bool:
+        """Whether the state lies in memory that numpy can see."""
+        return is_on_host(self._buffers["mean"])
+
+    def _take(self, batch: Batch, state: Any, on_host: bool, when: Any) -> None:
+        """Take a batch into the state, now or when the other processes have told theirs."""
+        ops = HOST if on_host else EAGER
+        group = self._group
+        if group is None:
+            if when is not None:
+                when = when.numpy() == 0 if on_host else when == 0
+            with quiet():
+                self._write(self.rule.commit(batch, state, ops, when), on_host)
+            return
+        center = np.float64(state.mean) if on_host else state.mean.double()
+        wide = Batch(*(None if part is None else (np.float64(part) if on_host else part.double()) for part in batch))
+        with quiet():
+            sums = wide.sums(center, ops)
+        self._joining = Joining(torch.as_tensor(sums), group, when)
+
+    def _commit_step(self, pending: list[Batch], found_inf: Any) -> None:
+        """Take in what was observed during a step of the optimiser."""
+        self._settle()
+        on_host = self._is_on_host
+        if not pending and self._group is None:
+            return
+        with torch.no_grad():
+            state = self._state(on_host)
+            ops = HOST if on_host else EAGER
+            if not pending:
+                nothing = 0 * state.mean
+                pending = [Batch(*[nothing] * (7 if self.rule.is_auto else 4))]
+            when = None if found_inf is None else found_inf.detach().clone().to(self.version.device)
+            with quiet():
+                batch = Batch.merged(pending, ops)
+            self._take(batch, state, on_host, when)
+
+    def _settle(self, *_: Any) -> None:
+        """Wait for the other processes and take in what all have measured."""
+        joining = self.__dict__.get("_joining")
+        if joining is None:
+            return
+        self._joining = None
+        on_host = self._is_on_host
+        state = self._state(on_host)
+        sums: Any = joining.wait()
+        when = joining.when
+        if on_host:
+            sums = sums.numpy()
+            when = None if when is None else when.numpy()
+        with torch.no_grad(), quiet():
+            ops = HOST if on_host else EAGER
+            batch = Batch.from_sums(sums, np.float64(state.mean) if on_host else state.mean.double(), ops)
+            self._write(self.rule.commit(batch, state, ops, None if when is None else when == 0), on_host)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the state as asked, but never into less than float32: `model.half()` must not ruin the variance."""
+        self._settle()
+        names = [name for name in self._kind._fields if name != "count"]
+        before = [getattr(self, name) for name in names]
+        super()._apply(fn, recurse)
+        for name, buffer in zip(names, before, strict=True):
+            if getattr(self, name).dtype.itemsize < torch.float32.itemsize:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        self._seen[0] = None
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **others: Any) -> None:
+        """Refuse a state that another version of the rule wrote."""
+        self._joining = None
+        version, ours = state_dict.get(f"{prefix}version"), _STATE_VERSIONS[self._kind.__name__]
+        if version is not None and int(version) != ours:
+            raise RuntimeError(
+                f"the ALRC state under '{prefix}' has version {int(version)}, but this one reads version {ours}: 1 is "
+                'written by a start (mu1, mu2), 2 by start="auto". Load it into an ALRC with the settings that wrote '
+                "it, or leave its entries out to start afresh."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest, **others)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the last losses and the optimiser out of copies and pickles."""
+        self._settle()
+        return {**super().__getstate__(), "_seen": [None], "_attachment": None}

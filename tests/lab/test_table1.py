@@ -53,6 +53,21 @@ SUM_OF_TABLE_1 = (
 )
 
 
+def test_variants_compares_the_default_rule_with_the_authors_library() -> None:
+    plan = table1.plan("variants", data="embedded", seeds=2)
+    cells = {c["id"]: c["baseline"] for c in plan.study["cells"]}
+    for error in ("quartic", "squared"):
+        assert cells[f"{error}-b1-n3-auto"] == f"{error}-b1-n3"
+        assert cells[f"{error}-b1-n3"] == f"{error}-b1-ninf"
+        assert cells[f"{error}-b1-ninf"] is None
+    assert [c["published"] is None for c in plan.study["cells"]] == ["auto" in c["id"] for c in plan.study["cells"]]
+    variants = {run["cell"]: (run["config"]["variant"], run["config"]["num_stddev"]) for run in plan.runs}
+    assert variants["quartic-b1-n3-auto"] == ("auto", 3.0)
+    assert variants["quartic-b1-n3"] == ("reference", 3.0)
+    assert len({run["name"] for run in plan.runs}) == len(plan.runs) == 12
+    assert len({(run["config"]["iterations"], run["config"]["width"]) for run in plan.runs}) == 1
+
+
 @pytest.mark.parametrize("preset", ["smoke", "quick"])
 def test_small_presets_hold_the_five_cells(preset: str) -> None:
     plan = table1.plan(preset, data="embedded")

@@ -16,6 +16,7 @@ PRESETS = {
     "table1": {
         "smoke": "seconds: all five batch-1 cells, tiny, to see that everything works; the numbers mean nothing",
         "quick": "minutes on two cores: batch 1, an eighth of the width, enough updates and seeds to see the effect",
+        "variants": "minutes: like quick with 8 seeds, ALRC's default rule beside the authors' library, n = 3",
         "paper": "the published protocol: 31 cells, 10 seeds, 100,000 iterations each at full width",
     }
 }

@@ -86,7 +86,8 @@ class Config:
 def name_of(config: Config) -> str:
     """Name a run for people: error, batch size, n, seed."""
     limit = "none" if config.num_stddev is None else f"{config.num_stddev:g}"
-    return f"{config.error}-b{config.batch_size}-n{limit}-s{config.seed}"
+    variant = "" if config.variant == "reference" else f"-{config.variant}"
+    return f"{config.error}-b{config.batch_size}-n{limit}{variant}-s{config.seed}"
 
 
 def resolve(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:

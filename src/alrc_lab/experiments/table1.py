@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from alrc_lab import experiments
 from alrc_lab.data import load_cifar10
@@ -31,15 +31,52 @@ PUBLISHED: dict[tuple[str, int], dict[float, tuple[float, float]]] = {
 }
 """Table 1 of Ede & Beanland 2020: errors × 100, mean and standard deviation of ten runs, by error, batch size and n."""
 
-QUICK_CELLS = [("quartic", 1, math.inf), ("quartic", 1, 3.0), ("quartic", 1, 2.0), ("squared", 1, math.inf)]
-QUICK_CELLS += [("squared", 1, 3.0)]
+
+class Arm(NamedTuple):
+    """Name what distinguishes one cell of the table."""
+
+    error: str
+    """Error that is minimised, squared or quartic."""
+    batch_size: int
+    """Images per update."""
+    num_stddev: float
+    """Threshold n; infinite for none."""
+    variant: Literal["reference", "auto"] = "reference"
+    """Which ALRC: the authors' library, or `ALRC()`."""
+
+    @property
+    def id(self) -> str:
+        """Identifier of the cell."""
+        n = "inf" if math.isinf(self.num_stddev) else f"{self.num_stddev:g}"
+        return f"{self.error}-b{self.batch_size}-n{n}{'-auto' * (self.variant == 'auto')}"
+
+    @property
+    def row(self) -> str:
+        """Threshold as the table prints it."""
+        n = "∞" if math.isinf(self.num_stddev) else f"{self.num_stddev:g}"
+        return n + ", ALRC()" * (self.variant == "auto")
+
+    @property
+    def baseline(self) -> str | None:
+        """Identifier of the cell that this one is compared with: no ALRC, or for `ALRC()` the authors' library."""
+        if self.variant == "auto":
+            return self._replace(variant="reference").id
+        return None if math.isinf(self.num_stddev) else self._replace(num_stddev=math.inf).id
+
+
+QUICK_CELLS = [Arm("quartic", 1, n) for n in (math.inf, 3.0, 2.0)] + [Arm("squared", 1, n) for n in (math.inf, 3.0)]
+VARIANT_CELLS = [
+    arm
+    for error in ("quartic", "squared")
+    for arm in (Arm(error, 1, math.inf), Arm(error, 1, 3.0), Arm(error, 1, 3.0, "auto"))
+]
 
 
 @dataclass(frozen=True)
 class _Preset:
     """Hold what a preset changes."""
 
-    cells: list[tuple[str, int, float]]
+    cells: list[Arm]
     seeds: int
     config: Config
     boxcar: int
@@ -51,9 +88,11 @@ def _preset(name: str) -> _Preset:
         return _Preset(QUICK_CELLS, 2, Config(width=4, iterations=384, final_window=128), 32)
     if name == "quick":
         return _Preset(QUICK_CELLS, 4, Config(width=8, iterations=9_000, final_window=1_800), 250)
+    if name == "variants":
+        return _Preset(VARIANT_CELLS, 8, Config(width=8, iterations=9_000, final_window=1_800), 250)
     if name == "paper":
         order = [math.inf, 4.0, 3.0, 2.0]
-        cells = [(error, batch, n) for (error, batch), row in PUBLISHED.items() for n in order if n in row]
+        cells = [Arm(error, batch, n) for (error, batch), row in PUBLISHED.items() for n in order if n in row]
         return _Preset(cells, 10, Config(), 500)
     raise ValueError(f"table1 has no preset {name!r}; choose one of {', '.join(PRESETS)}.")
 
@@ -110,16 +149,6 @@ class Plan:
         return Estimate(sum(measured[shape] * updates for shape, updates in shapes.items()) / workers, detail)
 
 
-def _label(n: float) -> str:
-    """Return a threshold as the table prints it."""
-    return "∞" if math.isinf(n) else f"{n:g}"
-
-
-def _cell_id(error: str, batch_size: int, n: float) -> str:
-    """Return the identifier of a cell."""
-    return f"{error}-b{batch_size}-n{'inf' if math.isinf(n) else f'{n:g}'}"
-
-
 def _differences(config: Config, preset: _Preset, description: dict[str, Any]) -> list[str]:
     """Say where this protocol is not the paper's."""
     found: list[str] = []
@@ -137,7 +166,8 @@ def _differences(config: Config, preset: _Preset, description: dict[str, Any]) -
     if preset.seeds != 10:
         found.append(f"{preset.seeds} seeds in each cell instead of 10.")
     if len(preset.cells) < 31:
-        found.append(f"{len(preset.cells)} of the table's 31 cells.")
+        number = sum(arm.variant == "reference" for arm in preset.cells)
+        found.append(f"{number} of the table's 31 cells.")
     if config.precision != "float32":
         found.append(f"Convolutions in {config.precision} instead of float32.")
     return found
@@ -163,23 +193,23 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
             raise ValueError(f"seeds must be at least 1, got {seeds}.")
         chosen = replace(chosen, seeds=seeds)
     description = load_cifar10(data).describe()
-    order = sorted(chosen.cells, key=lambda cell: cell[0] != "quartic")  # the unstable error first
+    order = sorted(chosen.cells, key=lambda arm: arm.error != "quartic")  # the unstable error first
     runs: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
-    for error, batch_size, n in order:
-        mean, std = PUBLISHED[error, batch_size][n]
+    for arm in order:
+        mean, std = PUBLISHED[arm.error, arm.batch_size][arm.num_stddev]
         cells.append(
             {
-                "id": _cell_id(error, batch_size, n),
-                "panel": error,
-                "row": _label(n),
-                "column": f"batch {batch_size}",
-                "baseline": None if math.isinf(n) else _cell_id(error, batch_size, math.inf),
-                "published": {"mean": mean, "std": std, "n": 10},
+                "id": arm.id,
+                "panel": arm.error,
+                "row": arm.row,
+                "column": f"batch {arm.batch_size}",
+                "baseline": arm.baseline,
+                "published": {"mean": mean, "std": std, "n": 10} if arm.variant == "reference" else None,
             }
         )
         for seed in range(chosen.seeds):
-            config = _configure(chosen.config, error, batch_size, n, seed, data)
+            config = _configure(chosen.config, arm, seed, data)
             runs.append(
                 {
                     "entry": supersampling.ENTRY,
@@ -187,12 +217,22 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
                     "inputs": description,
                     "excluded": supersampling.EXCLUDED,
                     "name": supersampling.name_of(config),
-                    "cell": cells[-1]["id"],
+                    "cell": arm.id,
                     "seed": seed,
                 }
             )
     final = Config(**runs[0]["config"])
-    panels = [{"id": error, "title": f"{error.capitalize()} error"} for error in dict.fromkeys(c[0] for c in order)]
+    panels = [
+        {"id": error, "title": f"{error.capitalize()} error"} for error in dict.fromkeys(arm.error for arm in order)
+    ]
+    notes = (
+        []
+        if preset != "variants"
+        else [
+            "Rows marked ALRC() use the default rule of this library, which starts without knobs and tells spikes from "
+            "shifts; they are compared with the row of the authors' library."
+        ]
+    )
     study = {
         "schema": 1,
         "study": "table1",
@@ -214,17 +254,17 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
             "(ALRC.reference: start μ1 = 25, μ2 = 900, decay 0.999, moments from the limited losses).",
             "The published squared-error runs used scripts whose moments settle at a third of the truth; "
             "`--variant scripts` of the experiment reproduces them.",
-            "Before ALRC, a per-example loss of 50 or more is replaced by its square root, with and without ALRC, "
-            "because the published runs did so.",
+            *notes,
         ],
     }
     return Plan(study, runs, f"results/table1-{preset}-{description['slug']}")
 
 
-def _configure(base: Config, error: str, batch_size: int, n: float, seed: int, data: str | None) -> Config:
+def _configure(base: Config, arm: Arm, seed: int, data: str | None) -> Config:
     """Return the configuration of one run."""
-    kind: Literal["squared", "quartic"] = "squared" if error == "squared" else "quartic"
-    config = replace(base, error=kind, batch_size=batch_size, num_stddev=None if math.isinf(n) else n)
-    if batch_size == 64:
+    kind: Literal["squared", "quartic"] = "squared" if arm.error == "squared" else "quartic"
+    num_stddev = None if math.isinf(arm.num_stddev) else arm.num_stddev
+    config = replace(base, error=kind, batch_size=arm.batch_size, num_stddev=num_stddev, variant=arm.variant)
+    if arm.batch_size == 64:
         config = replace(config, drop_at=round(0.54687 * config.iterations))
     return replace(config, seed=seed, data=data)

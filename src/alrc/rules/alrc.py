@@ -16,7 +16,7 @@ import numpy as np
 
 from alrc.moments import Moments
 from alrc.ops import NUMPY, Ops
-from alrc.rules.batch import Batch
+from alrc.rules.batch import Batch, weigh_limited
 from alrc.rules.loss import LARGEST_LOSS, Decision
 from alrc.rules.shift import Watched, feed_weight, moment_weight, watch
 
@@ -262,6 +262,8 @@ class ALRC:
         """
         valid = ops.ceil(decision.scale)
         if weight is not None:
+            # Padding may hold anything, and 0 · NaN would be NaN.
+            weight = ops.where((weight > 0) & (weight <= LARGEST_LOSS), weight, 0.0)
             valid = valid * weight
         fed = decision.limited if self.feed == "limited" else ops.replace_nonfinite(losses, 0.0)
         var = deviation = None
@@ -288,7 +290,8 @@ class ALRC:
         if not self.is_auto:
             return batch
         excess = ops.scalar(ops.replace_nonfinite(losses - decision.limited, 0.0))
-        return self._watched(batch, excess, deviation, decision, state, weight, ops)
+        lost = 1 - feed_weight(state.rate, self.num_stddev, ops) if self.feed == "limited" else None
+        return weigh_limited(batch, excess, deviation, decision, lost, weight, ops)
 
     def commit(self, batch: Batch, state: Any, ops: Ops = NUMPY, when: Any = None) -> Any:
         """Return the state after a batch (S4, S9, S17-S19).
@@ -343,54 +346,6 @@ class ALRC:
         """β1 and β2, or one of them if they are equal: then one weight serves both moments (S4)."""
         return self.betas[:1] if self.betas[0] == self.betas[1] else self.betas
 
-    def _watched(
-        self, batch: Batch, excess: Any, deviation: Any, decision: Decision, state: Watched, weight: Any, ops: Ops
-    ) -> Batch:
-        """Add to a batch how many losses were limited and what they were before, and weigh them as S17 says."""
-        number, _, mean, var, *_ = batch
-        is_single = ops.size(excess) == 1
-        if is_single:
-            hits = ops.where(excess != 0, number, 0 * number)
-        else:
-            hits = ops.count_nonzero(excess) if weight is None else ops.dot(ops.where(excess != 0, 1.0, 0.0), weight)
-        level = mean, 0 * mean if var is None else var
-        if self.feed == "unlimited":
-            return Batch(number, number, mean, var, hits, *level)
-        divisor = ops.where(number > 0, number, 1.0)
-
-        def unlimited() -> tuple[Any, Any]:
-            """Return mean and variance of L from L = limited + excess; every term is as exact as its parts."""
-            weighted = excess if weight is None or is_single else excess * weight
-            mean_excess = weighted if is_single else ops.total(weighted) / divisor
-            raw_var = level[1]
-            if var is not None:
-                both = ops.dot(weighted, excess) + 2 * ops.dot(deviation, excess)
-                raw_var = var + both / divisor - mean_excess * mean_excess
-            return _bounded(mean + mean_excess, -LARGEST_LOSS, LARGEST_LOSS, ops), _bounded(
-                raw_var, 0.0, LARGEST_LOSS**2, ops
-            )
-
-        raw = ops.select(hits > 0, unlimited, level)
-        lost = 1 - feed_weight(state.rate, self.num_stddev, ops)
-        kept = number - lost * hits
-        if is_single:
-            return Batch(number, kept, mean, var, hits, *raw)
-
-        def reweighted() -> tuple[Any, Any]:
-            """Return mean and variance of the fed losses with the limited ones counted `lost` less."""
-            parts = [(hits, decision.ceiling - mean)]
-            if decision.floor is not None:
-                low = ops.clip(excess, None, 0.0)
-                below = ops.count_nonzero(low) if weight is None else ops.dot(ops.where(low != 0, 1.0, 0.0), weight)
-                parts = [(hits - below, decision.ceiling - mean), (below, decision.floor - mean)]
-            rest = ops.where(kept > 0, kept, 1.0)
-            moved = lost * sum(part * gap for part, gap in parts) / rest
-            square = number * level[1] - lost * sum(part * gap * gap for part, gap in parts)
-            return mean - moved, ops.clip(square / rest - moved * moved, 0.0, LARGEST_LOSS**2)
-
-        mean, new_var = ops.select(hits > 0, reweighted, level)
-        return Batch(number, kept, mean, None if var is None else new_var, hits, *raw)
-
     def _bounds(self, state: Any, ops: Ops) -> tuple[Any, Any, Any]:
         """Return ceiling (where there is none: the largest loss that ever passes, S8), floor and standard deviation."""
         mean, var = state.mean, state.var
@@ -409,8 +364,3 @@ class ALRC:
             return ceiling, None, std
         floor = ops.add_scaled(mean, std, -self.num_stddev_below)
         return ceiling, floor if is_limiting is None else ops.where(is_limiting, floor, -LARGEST_LOSS), std
-
-
-def _bounded(x: Any, low: float, high: float, ops: Ops) -> Any:
-    """Return a number moved into [low, high], and `high` where it could not be computed."""
-    return ops.clip(ops.replace_nonfinite(x, high), low, high)

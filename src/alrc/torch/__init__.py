@@ -1,10 +1,24 @@
 """Limit losses and gradients in PyTorch, by the rules of `alrc.rules`.
 
 Measures tensors, lets a rule decide, scales. Contains no arithmetic of a rule and imports no other framework. Nothing
-here reads a tensor's value, so nothing waits for the device.
+here reads a tensor's value, so nothing waits for the device; but for `StepGuard` in mode "host", which says so.
 """
 
+from alrc.torch.gradient import GradientClipper, GradientTelemetry
+from alrc.torch.guard import StepGuard, StepTelemetry
 from alrc.torch.huber import Huber, estimate_start
 from alrc.torch.loss import ALRC, Telemetry
+from alrc.torch.skips import SkippedStep, TooManySkips
 
-__all__ = ["ALRC", "Huber", "Telemetry", "estimate_start"]
+__all__ = [
+    "ALRC",
+    "GradientClipper",
+    "GradientTelemetry",
+    "Huber",
+    "SkippedStep",
+    "StepGuard",
+    "StepTelemetry",
+    "Telemetry",
+    "TooManySkips",
+    "estimate_start",
+]

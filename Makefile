@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test lint format bench clean distclean
+.PHONY: help demo test lint format bench peers clean distclean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -29,7 +29,11 @@ format: .venv/.installed ## repair what ruff can repair
 
 bench: .venv/.installed ## measure the overhead and the cost of a step, with the hardware in the header
 	$(BIN)/python benchmarks/loss_limiting.py
+	$(BIN)/python benchmarks/gradient_clipping.py
 	$(BIN)/python benchmarks/experiment_step.py
+
+peers: .venv/.installed ## ask alrc and its peers the eight conformance questions and print the table (minutes)
+	$(BIN)/python benchmarks/peers.py
 
 clean: ## remove caches and built packages; results stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage

@@ -97,7 +97,7 @@ class _RawMomentsRule(rules.ALRC):
         after = super().commit(batch, state, ops, when)
         weight = 1 - self.betas[0]
         mean = (1 - weight) * state.mu1 + weight * batch.mean
-        square = (1 - weight) * state.mu2 + weight * (batch.mean * batch.mean + batch.var)
+        square = (1 - weight) * state.mu2 + weight * (batch.mean * batch.mean + (0 if batch.var is None else batch.var))
         return after._replace(mean=mean, var=square - mean * mean)
 
 

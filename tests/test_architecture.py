@@ -54,8 +54,10 @@ RULES = {
     "alrc.moments": Rule(),
     "alrc.rules": Rule(("alrc.ops", "alrc.moments", "alrc.rules.*")),
     "alrc.reference": Rule(),
-    "alrc.conformance": Rule((*BACKEND, "alrc.reference")),
+    "alrc.conformance": Rule(("alrc.conformance.*",)),
     "alrc.torch": Rule((*BACKEND, "alrc.torch.*"), frozenset({"numpy", "torch"})),
+    # Wraps stabilisers for the kit; no other backend knows it.
+    "alrc.torch.conformance": Rule(("alrc.conformance.*", "alrc.torch.conformance.*"), frozenset({"numpy", "torch"})),
     "alrc.jax": Rule(BACKEND, frozenset({"numpy", "jax", "optax"})),
     "alrc.keras": Rule(BACKEND, frozenset({"numpy", "keras"})),
     "alrc.integrations": Rule(
@@ -78,7 +80,9 @@ RULES = {
 }
 
 # Their frameworks are extras of their own.
-BACKENDS = [RULES[name] for name in ("alrc.torch", "alrc.jax", "alrc.keras", "alrc.integrations")]
+BACKENDS = [
+    RULES[name] for name in ("alrc.torch", "alrc.torch.conformance", "alrc.jax", "alrc.keras", "alrc.integrations")
+]
 
 
 @dataclass(frozen=True)

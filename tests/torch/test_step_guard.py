@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -323,3 +324,11 @@ def test_a_scheduler_does_not_warn_after_a_skipped_first_step(mode: str) -> None
         warnings.simplefilter("error")
         guard.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda f: f.__name__)
+def test_a_guard_is_not_copied(duplicate: Any) -> None:
+    """A copy would look like a guard and hang on the optimiser of the original."""
+    guard = StepGuard(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises(TypeError, match=r"cannot be (copied|pickled).*state_dict"):
+        duplicate(guard)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -192,6 +192,16 @@ class StepGuard:
         for old, new in zip(ours, theirs, strict=True):
             old.copy_(new)
         self._steps, self._has_loss = state["steps"], state["has_loss"]
+
+    def __copy__(self, memo: Any = None) -> Self:
+        """Refuse: a copy would hang on the optimiser of the original."""
+        raise TypeError("a StepGuard cannot be copied; make one for the other optimiser, and load_state_dict into it.")
+
+    __deepcopy__ = __copy__
+
+    def __getstate__(self) -> Any:
+        """Refuse to be pickled, for the same reason."""
+        raise TypeError("a StepGuard cannot be pickled; save its state_dict() instead.")
 
     def _judge(self, loss: Tensor | None, norm: Tensor) -> Tensor:
         """Return whether the update is to be skipped, and let the rule learn from it."""

@@ -19,8 +19,8 @@ __all__ = ["FINITE_HOST", "HOST", "FiniteHostOps", "HostOps", "is_on_host", "num
 
 
 def is_on_host(x: Any) -> bool:
-    """Return whether a tensor is an ordinary one in the host's memory."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    """Return whether a tensor is an ordinary one in the host's memory, and not one that a compiler follows."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def number_of(x: Tensor) -> Any:

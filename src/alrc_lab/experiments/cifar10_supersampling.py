@@ -84,10 +84,10 @@ class Config:
 
 
 def name_of(config: Config) -> str:
-    """Name a run for people: error, batch size, n, seed."""
+    """Name a run for people."""
     limit = "none" if config.num_stddev is None else f"{config.num_stddev:g}"
-    variant = "" if config.variant == "reference" else f"-{config.variant}"
-    return f"{config.error}-b{config.batch_size}-n{limit}{variant}-s{config.seed}"
+    limit += f"-{config.variant}" * (config.variant != "reference")
+    return f"{config.error}-b{config.batch_size}-n{limit}-s{config.seed}"
 
 
 def resolve(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -101,8 +101,7 @@ def resolve(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def resolve_config(config: Config) -> dict[str, Any]:
     """Fill in every default, ready for JSON."""
-    window = config.final_window or max(1, config.iterations // 20)
-    return asdict(replace(config, final_window=window))
+    return asdict(replace(config, final_window=config.final_window or max(1, config.iterations // 20)))
 
 
 # --- Data: the images live on the device as uint8; a block of updates is augmented at once. ---

@@ -270,7 +270,11 @@ def test_readme_names_its_two_commands() -> None:
     assert ("make", "test") in shown
 
 
-@pytest.mark.parametrize("name", ["alrc", "alrc.ops", "alrc.moments", "alrc.rules", "alrc.reference", "alrc.torch"])
+PUBLIC = ["alrc", "alrc.ops", "alrc.moments", "alrc.rules", "alrc.reference", "alrc.conformance"]
+PUBLIC += ["alrc.torch", "alrc.torch.conformance"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_are_documented(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__all__, f"{name} has no public name"

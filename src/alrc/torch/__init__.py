@@ -8,6 +8,8 @@ from alrc.torch.gradient import GradientClipper, GradientTelemetry
 from alrc.torch.guard import StepGuard, StepTelemetry
 from alrc.torch.huber import Huber, estimate_start
 from alrc.torch.loss import ALRC, Telemetry
+from alrc.torch.monitor import Monitor
+from alrc.torch.named import NamedALRC
 from alrc.torch.skips import SkippedStep, TooManySkips
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "GradientClipper",
     "GradientTelemetry",
     "Huber",
+    "Monitor",
+    "NamedALRC",
     "SkippedStep",
     "StepGuard",
     "StepTelemetry",

@@ -1,7 +1,7 @@
 """Bring numbers from a device to the host without waiting for them.
 
-Exists because both the step guard and the monitor look at a device from afar: they start a copy, go on, and read it when
-it has arrived. Knows nothing of what the numbers mean.
+Exists because both the step guard and the monitor look at a device from afar: they start a copy, go on, and read it
+when it has arrived. Knows nothing of what the numbers mean.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["Arrival"]
 class Arrival:
     """Copy tensors of one device into memory of the host, one time after the other.
 
-    From a CUDA device into pinned memory, behind an event. On a CPU there is nothing to copy: the tensors themselves are
-    what arrives, so read them before they change. Other devices offer no such copy, and `send` waits for them.
+    From a CUDA device into pinned memory, behind an event. On a CPU there is nothing to copy: the tensors themselves
+    are what arrives, so read them before they change. Other devices offer no such copy, and `send` waits for them.
 
     Args:
         tensors: What is copied at each `send`: always these, changed in place.

@@ -29,7 +29,7 @@ class Attachment:
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._commit = commit
         self._pending: list[Batch] = []
-        self._is_stepping = self._is_closed = False
+        self._is_closed = self._had_gradients = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -45,27 +45,56 @@ class Attachment:
         """Forget the batches that were observed since the last step."""
         self._pending.clear()
 
-    def begin(self) -> None:
-        """Note that losses are about to be limited, and forget batches whose gradients were thrown away."""
-        if not self._pending:
-            return
-        if self._is_stepping:
-            # A closure evaluates again: only its first evaluation is at the weights that the step started from.
-            self._is_closed = True
-        elif all(parameter.grad is None for parameter in self._parameters):
-            self._pending.clear()
-
     def observe(self, batch: Batch) -> None:
-        """Keep a batch whose gradient has flowed."""
+        """Keep a batch whose gradient will flow; for compiled code, which cannot tell when it does."""
         if not self._is_closed:
             self._pending.append(batch)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Take what a closure will do for evaluations of this step."""
-        self._is_stepping, self._is_closed = True, bool(self._pending)
+    def observe_gradient(self, batch: Batch) -> None:
+        """Keep a batch whose gradient flows right now."""
+        if self._is_closed:
+            return
+        self._forget_thrown_away()
+        self._pending.append(batch)
+        torch.autograd.Variable._execution_engine.queue_callback(self._look)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _look(self) -> None:
+        """Note, at the end of a backward pass, whether gradients wait in the parameters.
+
+        They need not: sharding keeps them elsewhere between micro-batches, and so may whoever calls `autograd.grad`.
+        """
+        self._had_gradients = any(parameter.grad is not None for parameter in self._parameters)
+
+    def _forget_thrown_away(self) -> None:
+        """Forget the batches whose gradients were there and are no more: the step they were for was skipped."""
+        if self._had_gradients and all(parameter.grad is None for parameter in self._parameters):
+            self._pending.clear()
+            self._had_gradients = False
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Let the first evaluation of a closure count: it alone is at the weights that the step starts from."""
+        self._is_closed = False
+        self._forget_thrown_away()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
+
+        def evaluate() -> Any:
+            try:
+                value = closure()
+            except BaseException:  # there will be no step
+                self._is_closed = False
+                self.discard()
+                raise
+            self._is_closed = True
+            return value
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": evaluate}
+        return (*args[:1], evaluate, *args[2:]), kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Commit what was observed, once."""
-        self._is_stepping = self._is_closed = False
+        self._is_closed = self._had_gradients = False
         pending, self._pending = self._pending, []
         self._commit(pending, getattr(optimizer, "found_inf", None))

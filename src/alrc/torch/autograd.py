@@ -20,26 +20,31 @@ class Limit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, losses: Tensor, limited: Tensor, scale: Tensor | None, when_used: Callable[[], None] | None
+        ctx: Any, losses: Tensor, decided: tuple[Tensor, Tensor | None], when_used: Callable[[], None] | None
     ) -> Tensor:
-        """Return the limited values; `when_used` is called once their gradient has come, `scale` None is 1."""
-        ctx.when_used, ctx.is_scaled = when_used, scale is not None
+        """Return the limited values, the first of `decided`; `when_used` is called once their gradient has come.
+
+        The second are the factors, None where all are 1. Both come in a tuple because an argument that is returned
+        would become a view, which nobody may change in place.
+        """
+        limited, scale = decided
+        # Not saved as autograd saves tensors: what activation checkpointing computes again, it decides by moments that
+        # have moved on. These factors belong to the values that were returned.
+        ctx.when_used, ctx.scale = when_used, scale
         if scale is None:
             return losses.clone()
-        ctx.save_for_backward(scale)
         return limited if limited.dtype == losses.dtype else limited.to(losses.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
         """Scale the gradient of each loss."""
         (gradient,) = grad_outputs
         if ctx.when_used is not None:
             ctx.when_used()
             ctx.when_used = None  # A graph may be used twice; its losses count once.
-        if ctx.is_scaled:
-            (scale,) = ctx.saved_tensors
-            gradient = (gradient * scale).to(gradient.dtype)
-        return gradient, None, None, None
+        if ctx.scale is not None:
+            gradient = (gradient * ctx.scale).to(gradient.dtype)
+        return gradient, None, None
 
 
 class ScaleGradient(torch.autograd.Function):

@@ -88,6 +88,20 @@ class Learner(nn.Module):
         if self._attachment is not None:
             self._attachment.discard()
 
+    def idle(self) -> None:
+        """Tell the other processes that this one has no losses for this call; they wait for each other.
+
+        Only needed with `sync` while not attached, where a process leaves out a call that others make.
+        """
+        # As in a call: what a backward pass repeats has been told already.
+        if self._group is None or self._attachment is not None or torch._C._current_graph_task_id() != -1:
+            return
+        self._settle()
+        on_host = self._is_on_host
+        with torch.no_grad():
+            state = self._state(on_host)
+            self._take(self._nothing(state), state, on_host, None)
+
     @property
     def limit(self) -> Tensor:
         """L_max for the next losses, 0-d; inf while nothing can be limited."""
@@ -162,13 +176,18 @@ class Learner(nn.Module):
         with torch.no_grad():
             state = self._state(on_host)
             ops = HOST if on_host else EAGER
-            if not pending:
-                nothing = 0 * state.mean
-                pending = [Batch(*[nothing] * (7 if self.rule.is_auto else 4))]
-            when = None if found_inf is None else found_inf.detach().clone().to(self.version.device)
+            if on_host:  # compiled code observes tensors everywhere
+                pending = [Batch(*(number_of(x) if isinstance(x, Tensor) else x for x in batch)) for batch in pending]
+            when = None
+            if found_inf is not None:
+                when = torch.as_tensor(found_inf).detach().reshape(()).clone().to(self.version.device)
             with quiet():
-                batch = Batch.merged(pending, ops)
+                batch = Batch.merged(pending or [self._nothing(state)], ops)
             self._take(batch, state, on_host, when)
+
+    def _nothing(self, state: Any) -> Batch:
+        """Return the batch of no losses."""
+        return Batch(*[0 * state.mean] * (7 if self.rule.is_auto else 4))
 
     def _settle(self, *_: Any) -> None:
         """Wait for the other processes and take in what all have measured."""

@@ -45,13 +45,16 @@ class Telemetry(NamedTuple):
     """Largest finite loss before it was limited, 0-d; -inf if there was none."""
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """Hold what telemetry is made from, should anybody ask."""
 
     losses: Tensor
     scale: Tensor | None
+    """None where it is plain that nothing was limited."""
     ceiling: Any
     mask: Tensor | None
+    known: tuple[Any, Any, Any] | None = None
+    """Lowest and largest loss and the sum of all, where these were looked at anyway."""
 
 
 class ALRC(Learner):
@@ -89,6 +92,7 @@ class ALRC(Learner):
     """
 
     _has_warned = False
+    _followers: tuple[Callable[[Seen, Any], None], ...] = ()
 
     def __init__(
         self,
@@ -165,6 +169,7 @@ class ALRC(Learner):
 
         Raises:
             TypeError: If `losses` or `weight` is not floating point, or `mask` not boolean.
+            ValueError: If `mask` or `weight` does not broadcast to `losses`.
         """
         if not losses.is_floating_point():
             raise TypeError(f"losses must be a floating-point tensor, got {losses.dtype}; average or cast them first.")
@@ -172,6 +177,12 @@ class ALRC(Learner):
             raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}; use mask != 0, or weight= for weights.")
         if weight is not None and not weight.is_floating_point():
             raise TypeError(f"weight must be a floating-point tensor, got {weight.dtype}; use weight.float().")
+        for name, part in (("mask", mask), ("weight", weight)):
+            if part is not None and not _broadcasts(part, losses):
+                raise ValueError(
+                    f"{name} of shape {tuple(part.shape)} does not broadcast to losses of shape {tuple(losses.shape)}; "
+                    "give it their shape, or axes of length 1."
+                )
         if not self.training:
             return losses
         is_compiling = torch.compiler.is_compiling()
@@ -179,18 +190,20 @@ class ALRC(Learner):
             limited, scale, when_used = self._judge(losses.detach(), mask, weight)
             if scale is None and when_used is None:
                 return losses.clone()
-            return Limit.apply(losses, limited, scale, when_used)  # pyright: ignore[reportReturnType]
+            return Limit.apply(losses, (limited, scale), when_used)  # pyright: ignore[reportReturnType]
         if self._group is not None:
             raise RuntimeError("sync=True does not work inside torch.compile or torch.func; call this ALRC outside.")
         with torch.no_grad():
             state = self._state(False)
             decision, batch = self._measure(losses.detach(), mask, weight, state, TRACED)
+            if is_compiling and self._followers:
+                self._tell(Seen(losses.detach(), decision.scale, decision.ceiling, mask), state)
             if self._attachment is None:
                 self._write(self.rule.commit(batch, state, TRACED), False)
             else:
                 self._attachment.observe(batch)
         # Tensors of a transform are dead outside of it.
-        self._seen[0] = _Seen(losses.detach(), decision.scale, decision.ceiling, mask) if is_compiling else None
+        self._seen[0] = Seen(losses.detach(), decision.scale, decision.ceiling, mask) if is_compiling else None
         return ScaleGradient.apply(losses, decision.limited, decision.scale)  # pyright: ignore[reportReturnType]
 
     @property
@@ -198,7 +211,7 @@ class ALRC(Learner):
         """What happened to the losses of the last call in train mode; None before the first."""
         if self._seen[0] is None:
             return None
-        losses, scale, ceiling, mask = self._seen[0]
+        losses, scale, ceiling, mask, _ = self._seen[0]
         with torch.no_grad():
             if scale is None:
                 scale = torch.ones_like(losses, dtype=torch.promote_types(losses.dtype, torch.float32))
@@ -216,11 +229,40 @@ class ALRC(Learner):
                 largest=largest.max() if largest.numel() else largest.new_full((), -torch.inf),
             )
 
+    def follow(self, follower: Callable[[Seen, Any], None]) -> Callable[[], None]:
+        """Tell a function about each call in train mode, before its losses are learned from.
+
+        What activation checkpointing repeats is left out, and so is what happens under `torch.func`. Copies and pickles
+        of this module have no followers.
+
+        Args:
+            follower: Called with what was seen of the losses and the state they were held against: tensors, which may
+                be overwritten later, or numpy numbers on a CPU. It must not read a tensor's value.
+
+        Returns:
+            A function that undoes it.
+        """
+        self._followers = (*self._followers, follower)
+
+        def leave() -> None:
+            self._followers = tuple(other for other in self._followers if other is not follower)
+
+        return leave
+
     def extra_repr(self) -> str:
         """Show the settings that differ from the defaults."""
         default = rules.ALRC()
         shown = [f"{name}={value!r}" for name, value in vars(self.rule).items() if value != getattr(default, name)]
         return ", ".join(shown + ["sync=True"] * (self._sync is not False))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the followers out of copies and pickles."""
+        return {**super().__getstate__(), "_followers": ()}
+
+    def _tell(self, seen: Seen, state: Any) -> None:
+        """Tell the followers about a call."""
+        for follower in self._followers:
+            follower(seen, state)
 
     def _measure(self, losses: Any, mask: Any, weight: Any, state: Any, ops: Ops) -> tuple[rules.Decision, Batch]:
         """Decide about losses and say what they tell."""
@@ -237,31 +279,32 @@ class ALRC(Learner):
         """Limit detached losses; return values, factors (None: all 1), what to do when their gradient has flowed."""
         self._settle()
         attachment = self._attachment
-        if attachment is not None:
-            attachment.begin()
         on_host = is_on_host(losses) and self._is_on_host
-        state = self._state(on_host)
+        state, seen = self._state(on_host), self._seen[0]
         with quiet():
             if on_host:
                 limited, scale, batch = self._judge_on_host(losses, mask, weight, state)
             else:
                 decision, batch = self._measure(losses, mask, weight, state, EAGER)
                 limited, scale = decision.limited, decision.scale
-                self._seen[0] = _Seen(losses, scale, decision.ceiling, mask)
+                self._seen[0] = Seen(losses, scale, decision.ceiling, mask)
+            if self._followers and torch._C._current_graph_task_id() == -1:
+                self._tell(self._seen[0], state)
             if attachment is not None:
-                return limited, scale, lambda: attachment.observe(batch)
-            # A forward pass inside a backward pass is checkpointing at work: these losses have been learned from.
+                return limited, scale, lambda: attachment.observe_gradient(batch)
             if torch._C._current_graph_task_id() == -1:
                 self._take(batch, state, on_host, None)
+            else:  # A forward pass inside a backward pass is checkpointing at work: these have been learned from.
+                self._seen[0] = seen
         return limited, scale, None
 
     def _judge_on_host(self, losses: Tensor, mask: Any, weight: Any, state: Any) -> tuple[Tensor, Tensor | None, Batch]:
         """Decide about losses in the host's memory, where looking at them is free and most steps have nothing to do."""
         rule, ops, looked = self.rule, HOST, mask is None and losses.numel() > 0
         wide = losses
+        if losses.dtype.itemsize < state.mean.dtype.itemsize:
+            wide = losses.to(self._buffers["mean"].dtype)  # pyright: ignore[reportOptionalMemberAccess]
         if looked:
-            if losses.dtype.itemsize < state.mean.dtype.itemsize:
-                wide = losses.to(self._buffers["mean"].dtype)  # pyright: ignore[reportOptionalMemberAccess]
             lowest, largest = (number_of(bound) for bound in torch.aminmax(wide))
             # NaN makes both NaN, and NaN is never between two numbers.
             if -np.inf < lowest <= largest < np.inf:
@@ -271,10 +314,10 @@ class ALRC(Learner):
                 if weight is None and type(rule) is rules.ALRC:
                     batch, ceiling = rule.calm(wide, largest, state, ops)
                     if batch is not None:
-                        self._seen[0] = _Seen(losses, None, ceiling, None)
+                        self._seen[0] = Seen(losses, None, ceiling, None, (lowest, largest, batch.number * batch.mean))
                         return losses, None, batch
         decision, batch = self._measure(wide, mask, weight, state, ops)
-        self._seen[0] = _Seen(losses, decision.scale, decision.ceiling, mask)
+        self._seen[0] = Seen(losses, decision.scale, decision.ceiling, mask)
         if ops is HOST and losses.numel():
             self._warn_of_sign(number_of(torch.where(decision.scale > 0, decision.limited, torch.inf).min()))
         return decision.limited, decision.scale, batch
@@ -282,9 +325,19 @@ class ALRC(Learner):
     def _warn_of_sign(self, lowest: Any) -> None:
         """Say once that losses ≤ 0 are not limited; on a CPU only, where looking costs next to nothing."""
         if lowest <= 0 and not (self._has_warned or self.rule.signed):
-            self._has_warned = True
-            warnings.warn(
-                f"ALRC met losses ≤ 0 (the lowest is {lowest:g}) and does not limit such: pass signed=True if losses "
-                "may be negative, or mask= if zeros stand for padding.",
-                stacklevel=7,
-            )
+            self._warn(f"the lowest is {lowest:g}", 8)
+
+    def _warn(self, detail: str, stacklevel: int) -> None:
+        """Say that losses ≤ 0 are not limited."""
+        self._has_warned = True
+        warnings.warn(
+            f"ALRC met losses ≤ 0 ({detail}) and does not limit such: pass signed=True if losses may be negative, or "
+            "mask= if zeros stand for padding.",
+            stacklevel=stacklevel,
+        )
+
+
+def _broadcasts(part: Tensor, losses: Tensor) -> bool:
+    """Return whether a tensor can be expanded to the shape of the losses."""
+    sizes = zip(reversed(part.shape), reversed(losses.shape), strict=False)
+    return part.ndim <= losses.ndim and all(size in (1, wanted) for size, wanted in sizes)

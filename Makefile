@@ -30,6 +30,7 @@ format: .venv/.installed ## repair what ruff can repair
 bench: .venv/.installed ## measure the overhead and the cost of a step, with the hardware in the header
 	$(BIN)/python benchmarks/loss_limiting.py
 	$(BIN)/python benchmarks/gradient_clipping.py
+	$(BIN)/python benchmarks/step_guard.py
 	$(BIN)/python benchmarks/experiment_step.py
 
 peers: .venv/.installed ## ask alrc and its peers the eight conformance questions and print the table (minutes)

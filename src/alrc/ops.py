@@ -20,6 +20,9 @@ class Ops(Protocol):
     Arrays are floating point and broadcast as in numpy. `NumpyOps` is the reference implementation.
     """
 
+    is_finite: bool
+    """Whether every element of every array is known to be finite, which spares looking for those that are not."""
+
     def sqrt(self, x: Any, /) -> Any:
         """Return the element-wise square root."""
         ...
@@ -72,6 +75,10 @@ class Ops(Protocol):
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         ...
 
+    def shift(self, x: Any, y: Any, /) -> Any:
+        """Return x + y for a 0-d `y`."""
+        ...
+
     def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
         """Return x + factor · y."""
         ...
@@ -118,6 +125,8 @@ def _is_array(x: Any) -> bool:
 
 class NumpyOps:
     """Implement `Ops` with numpy, in the dtype of the input (float64 for Python numbers)."""
+
+    is_finite = False
 
     def sqrt(self, x: Any, /) -> Any:
         """Return the element-wise square root."""
@@ -180,9 +189,15 @@ class NumpyOps:
     def replace_nonfinite(self, x: Any, value: float, /) -> Any:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         is_finite = np.isfinite(x)
-        if np.all(is_finite):
-            return x.copy() if _is_array(x) else x
+        if not _is_array(is_finite):
+            return x if is_finite else np.result_type(x).type(value)
+        if is_finite.all():
+            return x.copy()
         return self.where(is_finite, x, np.result_type(x).type(value))
+
+    def shift(self, x: Any, y: Any, /) -> Any:
+        """Return x + y."""
+        return x + y
 
     def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
         """Return x + factor · y."""

@@ -202,7 +202,7 @@ class ALRC:
         if self.signed:
             # r / (r + excess) is 1 exactly up to the ceiling and 0 exactly at infinity.
             reach = 2 * self.num_stddev * std + SMALLEST_REACH
-            scale = ops.divide(reach, reach + ops.clip(poisoned_high - ceiling, 0.0, None))
+            scale = ops.divide(reach, ops.shift(ops.clip(ops.shift(poisoned_high, -ceiling), 0.0, None), reach))
         else:
             # c / max(L, c) is 1 exactly up to the ceiling c, and 0 exactly at infinity: no select, no 0 · inf.
             scale = ops.divide(ceiling, ops.floor(poisoned_high, ceiling))
@@ -210,12 +210,12 @@ class ALRC:
         if self.signed:
             limited = limited * ops.ceil(scale)  # a ceiling below 0 has moved what is not finite
         if self.num_stddev_below is not None:
-            lack = ops.clip(floor - limited, 0.0, None) * ops.ceil(scale)
+            lack = ops.clip(ops.shift(-limited, floor), 0.0, None) * ops.ceil(scale)
             if not self.signed:
                 lack = ops.where(limited > 0, lack, 0.0)
             reach = 2 * self.num_stddev_below * std + SMALLEST_REACH
             limited = ops.where(lack > 0, floor, limited)
-            scale = scale * ops.divide(reach, reach + lack)
+            scale = scale * ops.divide(reach, ops.shift(lack, reach))
         return Decision(limited, scale, ceiling, floor)
 
     def calm(self, losses: Any, largest: float, state: Any, ops: Ops = NUMPY) -> tuple[Batch | None, Any]:
@@ -242,7 +242,7 @@ class ALRC:
             mean = ops.clip(ops.total(losses) / number, -LARGEST_LOSS, LARGEST_LOSS)
             var = None
             if self.second_moment == "elements":
-                var = ops.clip(ops.total_square(losses - mean) / number, None, LARGEST_LOSS**2)
+                var = ops.clip(ops.total_square(ops.shift(losses, -mean)) / number, None, LARGEST_LOSS**2)
         if not self.is_auto:
             return Batch(number, number, mean, var), ceiling
         return Batch(number, number, mean, var, 0.0, mean, 0 * mean if var is None else var), ceiling
@@ -260,31 +260,26 @@ class ALRC:
         Returns:
             The statistics of the batch, 0-d arrays.
         """
-        valid = ops.ceil(decision.scale)
+        fed = decision.limited if self.feed == "limited" else ops.replace_nonfinite(losses, 0.0)
+        is_plain = ops.is_finite and weight is None
+        valid = None if is_plain else ops.ceil(decision.scale)
         if weight is not None:
             # Padding may hold anything, and 0 · NaN would be NaN.
             weight = ops.where((weight > 0) & (weight <= LARGEST_LOSS), weight, 0.0)
             valid = valid * weight
-        fed = decision.limited if self.feed == "limited" else ops.replace_nonfinite(losses, 0.0)
         var = deviation = None
         if ops.size(fed) == 1:
-            number = ops.scalar(valid)
+            number = 1.0 if is_plain else ops.scalar(valid)
             mean = ops.clip(ops.scalar(fed), -LARGEST_LOSS, LARGEST_LOSS)
         else:
-            number = ops.total(valid)
+            number = float(ops.size(fed)) if is_plain else ops.total(valid)
             divisor = ops.where(number > 0, number, 1.0)
-            mean = ops.clip(
-                (ops.total(fed) if weight is None else ops.dot(fed, valid)) / divisor, -LARGEST_LOSS, LARGEST_LOSS
-            )
+            total = ops.total(fed) if weight is None else ops.dot(fed, valid)
+            mean = ops.clip(total / divisor, -LARGEST_LOSS, LARGEST_LOSS)
             if self.second_moment == "elements":
-                if weight is None:
-                    deviation = valid  # reuse its memory: fed - mean where valid, 0 - 0 elsewhere
-                    deviation *= -mean
-                    deviation += fed
-                    square = ops.total_square(deviation)
-                else:
-                    deviation = valid * (fed - mean)
-                    square = ops.dot(deviation, fed - mean)
+                gap = ops.shift(fed, -mean)
+                deviation = gap if is_plain else valid * gap
+                square = ops.total_square(gap) if is_plain else ops.dot(deviation, gap)
                 var = ops.clip(square / divisor, None, LARGEST_LOSS**2)
         batch = Batch(number, number, mean, var)
         if not self.is_auto:

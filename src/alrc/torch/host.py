@@ -31,6 +31,7 @@ def number_of(x: Tensor) -> Any:
 class HostOps:
     """Implement `alrc.ops.Ops` with torch for tensors and with numpy for single numbers and the rule's own arrays."""
 
+    is_finite = False
     sqrt: Any = staticmethod(np.sqrt)
     size: Any = staticmethod(lambda x: x.numel() if isinstance(x, Tensor) else np.size(x))
 
@@ -44,7 +45,9 @@ class HostOps:
         """Select `x` where the condition holds, else `y`."""
         if isinstance(condition, Tensor):
             return torch.where(condition, *(part if isinstance(part, Tensor) else float(part) for part in (x, y)))
-        return NUMPY.where(condition, x, y)
+        if isinstance(condition, np.ndarray):
+            return NUMPY.where(condition, x, y)
+        return x if condition else y
 
     def ceil(self, x: Any, /) -> Any:
         """Return the smallest whole number that is not smaller, element by element."""
@@ -62,6 +65,10 @@ class HostOps:
         """Return `x` divided by every element of `y`; a number divided by a tensor would be rounded twice."""
         return torch.true_divide(torch.full((), float(x), dtype=y.dtype), y)
 
+    def shift(self, x: Tensor, y: Any, /) -> Tensor:
+        """Return x + y; torch takes a number of Python's three times as fast as one of numpy's."""
+        return x + float(y)
+
     def total(self, x: Any, /) -> Any:
         """Return the sum over all elements."""
         return number_of(x.sum()) if isinstance(x, Tensor) else NUMPY.total(x)
@@ -76,7 +83,9 @@ class HostOps:
 
     def dot(self, x: Tensor, y: Tensor, /) -> Any:
         """Return the sum of x · y over all elements."""
-        return number_of(torch.dot(x.reshape(-1), y.reshape(-1)))
+        if x.ndim != 1:
+            x, y = x.reshape(-1), y.reshape(-1)
+        return number_of(torch.dot(x, y))
 
     def count_nonzero(self, x: Tensor, /) -> Any:
         """Return the number of elements that are not 0."""
@@ -125,6 +134,8 @@ class HostOps:
 
 class FiniteHostOps(HostOps):
     """Do the same where every element is known to be finite."""
+
+    is_finite = True
 
     def replace_nonfinite(self, x: Any, value: float, /) -> Any:
         """Return `x` itself."""

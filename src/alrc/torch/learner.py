@@ -50,6 +50,8 @@ class Learner(nn.Module):
         self._attachment: Attachment | None = None
         self._joining: Joining | None = None
         self._seen: list[Any] = [None]
+        self._places: list[int] = []
+        self._views: list[Any] = []
         start = rule.init()
         self._kind: Any = type(start)
         for name, value in zip(start._fields, start, strict=True):
@@ -65,7 +67,12 @@ class Learner(nn.Module):
         A loss is observed when its gradient has been computed, and enters the moments when the optimiser steps: k
         micro-batches equal one batch; what activation checkpointing computes again, evaluations without a backward
         pass, and the later evaluations of a closure count once or not at all; skipped steps commit nothing. Whether
-        a step was skipped is read from `optimizer.found_inf`, where loss scalers and `StepGuard` leave it.
+        a step was skipped is read from `optimizer.found_inf`, where loss scalers and `StepGuard` leave it. One that
+        was not made at all is known by its gradients, which are None; call `discard()` if you zero them in place, and
+        in compiled code, where losses are observed as soon as they are limited.
+
+        Attach it for exact gradients under reentrant checkpointing, which else holds what it computes again against
+        moments that have moved on.
 
         Args:
             optimizer: The optimiser that steps on these losses.
@@ -84,7 +91,7 @@ class Learner(nn.Module):
             self._attachment = None
 
     def discard(self) -> None:
-        """Forget what was observed since the last step; done for you when gradients are set to None."""
+        """Forget what was observed since the last step; done for you where gradients have been set to None."""
         if self._attachment is not None:
             self._attachment.discard()
 
@@ -132,19 +139,29 @@ class Learner(nn.Module):
 
     def _state(self, on_host: bool) -> Any:
         """Return the state, as tensors, or as numpy numbers that share no memory with it."""
-        buffers: Any = self._buffers
         if on_host:
-            return self._kind(*(number_of(buffers[name]) for name in self._kind._fields))
+            return self._kind(*[view[()] for view in self._host_views()])
+        buffers: Any = self._buffers
         return self._kind(*(buffers[name] for name in self._kind._fields))
 
     def _write(self, state: Any, on_host: bool) -> None:
         """Write a new state in place: graphs, replicas and views of it see the update."""
+        if on_host:
+            for view, value in zip(self._host_views(), state, strict=True):
+                view[...] = value
+            return
         buffers: Any = self._buffers
         for name, value in zip(self._kind._fields, state, strict=True):
-            if on_host:
-                buffers[name].numpy()[...] = value
-            else:
-                buffers[name].copy_(value)
+            buffers[name].copy_(value)
+
+    def _host_views(self) -> list[Any]:
+        """Return the state's buffers as numpy sees them; kept, since making them costs as much as using them."""
+        buffers: Any = self._buffers
+        # A view keeps its memory, so no other tensor can come to lie at the same place.
+        places = [buffers[name].data_ptr() for name in self._kind._fields]
+        if self._places != places:
+            self._places, self._views = places, [buffers[name].numpy() for name in self._kind._fields]
+        return self._views
 
     @property
     def _is_on_host(self) -> bool:
@@ -234,4 +251,4 @@ class Learner(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last losses and the optimiser out of copies and pickles."""
         self._settle()
-        return {**super().__getstate__(), "_seen": [None], "_attachment": None}
+        return {**super().__getstate__(), "_seen": [None], "_attachment": None, "_places": [], "_views": []}

@@ -305,7 +305,8 @@ class ALRC(Learner):
         if losses.dtype.itemsize < state.mean.dtype.itemsize:
             wide = losses.to(self._buffers["mean"].dtype)  # pyright: ignore[reportOptionalMemberAccess]
         if looked:
-            lowest, largest = (number_of(bound) for bound in torch.aminmax(wide))
+            bounds = torch.aminmax(wide)
+            lowest, largest = number_of(bounds[0]), number_of(bounds[1])
             # NaN makes both NaN, and NaN is never between two numbers.
             if -np.inf < lowest <= largest < np.inf:
                 ops = FINITE_HOST

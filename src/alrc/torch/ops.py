@@ -17,12 +17,15 @@ __all__ = ["EAGER", "TRACED", "TorchOps", "TracedOps", "is_transforming"]
 class TorchOps:
     """Implement `alrc.ops.Ops` with torch, by the fastest primitive of each kind on CPU."""
 
+    is_finite = False
+
     # Bound without a wrapper: a step makes some thirty calls of a microsecond each.
     sqrt: Any = staticmethod(torch.sqrt)
     where: Any = staticmethod(torch.where)
     clip: Any = staticmethod(torch.clamp)
     ceil: Any = staticmethod(torch.ceil)
     divide: Any = staticmethod(torch.true_divide)
+    shift: Any = staticmethod(torch.add)
     total: Any = staticmethod(torch.sum)
 
     def cap(self, x: Tensor, y: Tensor, /) -> Tensor:

@@ -66,7 +66,7 @@ def learned(number: int) -> ALRC:
     """Make a limiter that knows the level of uniform losses."""
     limit = ALRC()
     for _ in range(limit.rule.observe):
-        limit(torch.rand(number))
+        limit(0.1 + torch.rand(number))
     return limit
 
 

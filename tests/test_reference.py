@@ -50,11 +50,12 @@ def assert_same(got: Trace, want: Trace) -> None:
 
 
 def make_stream(seed: int, steps: int, shape: tuple[int, ...], level: float, poison: float) -> list[Any]:
-    """Make losses that spread by 40 %, spike, drift by a factor of two, and are now and then not finite."""
+    """Make losses that spread by 40 %, spike, drift by a factor of two, shift, and are now and then not finite."""
     rng = np.random.default_rng(seed)
     losses = level * np.exp(rng.normal(0, 0.4, (steps, *shape)))
     losses *= np.where(rng.random(losses.shape) < 0.04, rng.uniform(2, 1000, losses.shape), 1)
     losses *= np.linspace(1, rng.uniform(0.5, 2), steps).reshape(-1, *[1] * len(shape))
+    losses[2 * steps // 3 :] *= rng.choice([0.3, 1, 10])
     bad = rng.choice([np.nan, np.inf, -np.inf], losses.shape)
     losses = np.where(rng.random(losses.shape) < poison, bad, losses)
     gone = rng.random(steps) < poison / 2
@@ -77,6 +78,8 @@ rules = st.builds(
     eps=st.sampled_from([0.0, 1e-8, 1e-3]),
     gain=st.sampled_from([1.0, 1 / 3]),
     observe=st.integers(8, 32),
+    signed=st.booleans(),
+    num_stddev_below=st.sampled_from([None, 0.5, 2.0]),
 )
 
 
@@ -138,6 +141,8 @@ def test_presets_are_the_oracle(rule: ALRC, shape: tuple[int, ...]) -> None:
         {"eps": 1e-3},
         {"gain": 0.999},
         {"start": "auto"},
+        {"signed": True},
+        {"num_stddev_below": 0.5},
     ],
     ids=str,
 )

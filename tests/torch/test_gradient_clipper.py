@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -183,9 +181,6 @@ def test_another_scale_is_caught(mutant: type[GradientClipper], rule: Any) -> No
         check_against_rule(rule, mutant)
 
 
-# ------------------------------------------------------------------------------------------------------- parameters
-
-
 @pytest.mark.parametrize(
     "give",
     [
@@ -280,9 +275,6 @@ def test_excluded_parameters_are_left_alone(pattern: str, path: str) -> None:
         "*.bias": {"linear.bias", "conv.bias", "head.bias"},
     }
     assert left == expected[pattern]
-
-
-# ------------------------------------------------------------------------------------------------------- precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -605,32 +597,3 @@ def test_the_driver_sees_no_wait(rule: Any) -> None:
         two_steps(GradientClipper, rule, "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# ------------------------------------------------------------------------------------------------------- many processes
-
-
-WORKER = Path(__file__).with_name("gradient_shards.py")
-
-
-def follow_shards(tmp_path: Path, number: int) -> None:
-    """Run the worker in as many processes, which compare sharded gradients with whole ones."""
-    arguments = [sys.executable, str(WORKER), str(tmp_path / "meeting"), str(number)]
-    processes = [
-        subprocess.Popen([*arguments, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(number)
-    ]
-    answers = []
-    try:
-        answers = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(answers)
-    assert all("all equal" in answer for answer in answers)
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("number", [1, 2])
-def test_shards_are_limited_like_the_whole(number: int, tmp_path: Path) -> None:
-    follow_shards(tmp_path, number)

@@ -39,7 +39,11 @@ class HostOps:
         """Return `x` with every element moved into [low, high]."""
         if isinstance(x, Tensor):
             return x.clamp(None if low is None else float(low), None if high is None else float(high))
-        return NUMPY.clip(x, low, high)
+        if isinstance(x, np.ndarray):
+            return NUMPY.clip(x, low, high)
+        if low is not None and x < low:
+            return type(x)(low)
+        return type(x)(high) if high is not None and x > high else x
 
     def where(self, condition: Any, x: Any, y: Any, /) -> Any:
         """Select `x` where the condition holds, else `y`."""

@@ -54,7 +54,7 @@ class Arm(NamedTuple):
     def row(self) -> str:
         """Threshold as the table prints it."""
         n = "∞" if math.isinf(self.num_stddev) else f"{self.num_stddev:g}"
-        return n + ", ALRC()" * (self.variant == "auto")
+        return f"n = {n}, ALRC()" if self.variant == "auto" else n
 
     @property
     def baseline(self) -> str | None:

@@ -324,7 +324,7 @@ def _clearest_window(loss: np.ndarray, limit: np.ndarray) -> tuple[int, int]:
     over = np.isfinite(loss) & (loss > limit)
     # Wide enough for about a dozen spikes, narrow enough to tell one from the next.
     width = min(n, max(60, min(400, n // 12, 12 * n // max(1, int(over.sum())))))
-    excess = np.where(over, np.log(np.maximum(loss, 1e-300) / limit), 0.0)
+    excess = np.log(np.maximum(loss, 1e-300) / limit, out=np.zeros(n), where=over)
     excess[: n // 8] = 0.0
     scores = boxcar(excess, width)
     if not scores.any():

@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alrc.ops import NUMPY
+from alrc.ops import NUMPY, NumpyOps
 
-__all__ = ["FINITE_HOST", "HOST", "FiniteHostOps", "HostOps", "is_on_host", "number_of"]
+__all__ = ["FINITE_HOST", "FINITE_NUMPY", "HOST", "MANY", "HostOps", "as_tensor", "extremes", "is_on_host", "number_of"]
+
+MANY = 2**14
+"""Losses above which torch's threads and its reuse of memory make up for what each of its operations costs."""
 
 
 def is_on_host(x: Any) -> bool:
@@ -26,6 +29,19 @@ def is_on_host(x: Any) -> bool:
 def number_of(x: Tensor) -> Any:
     """Return a CPU tensor as numpy sees it: a single number by value, an array as a view."""
     return x.numpy()[()]
+
+
+def as_tensor(x: Any) -> Tensor:
+    """Return a tensor, or an array or number of numpy, as a tensor on the same memory."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
+
+
+def extremes(x: Any) -> tuple[Any, Any]:
+    """Return the smallest and the largest element of a tensor or array as numbers; both NaN if one is."""
+    if isinstance(x, Tensor):
+        bounds = torch.aminmax(x)
+        return number_of(bounds[0]), number_of(bounds[1])
+    return np.minimum.reduce(x, axis=None), np.maximum.reduce(x, axis=None)
 
 
 class HostOps:
@@ -154,5 +170,15 @@ class FiniteHostOps(HostOps):
         return x.clamp(min=float(y))
 
 
-HOST, FINITE_HOST = HostOps(), FiniteHostOps()
-"""The implementation for tensors in the host's memory, and the one for those without NaN and infinity."""
+class FiniteNumpyOps(NumpyOps):
+    """Do the same on numpy arrays."""
+
+    is_finite = True
+
+    def replace_nonfinite(self, x: Any, value: float, /) -> Any:
+        """Return an array itself."""
+        return x if isinstance(x, np.ndarray) else super().replace_nonfinite(x, value)
+
+
+HOST, FINITE_HOST, FINITE_NUMPY = HostOps(), FiniteHostOps(), FiniteNumpyOps()
+"""The implementation for tensors in the host's memory, and those for tensors and arrays without NaN and infinity."""

@@ -18,7 +18,7 @@ from alrc import rules
 from alrc.ops import Ops
 from alrc.rules import Batch
 from alrc.torch.autograd import Limit, ScaleGradient
-from alrc.torch.host import FINITE_HOST, HOST, is_on_host, number_of
+from alrc.torch.host import FINITE_HOST, FINITE_NUMPY, HOST, MANY, as_tensor, extremes, is_on_host, number_of
 from alrc.torch.learner import Learner, quiet
 from alrc.torch.ops import EAGER, TRACED, is_transforming
 
@@ -300,26 +300,32 @@ class ALRC(Learner):
 
     def _judge_on_host(self, losses: Tensor, mask: Any, weight: Any, state: Any) -> tuple[Tensor, Tensor | None, Batch]:
         """Decide about losses in the host's memory, where looking at them is free and most steps have nothing to do."""
-        rule, ops, looked = self.rule, HOST, mask is None and losses.numel() > 0
-        wide = losses
+        rule, wide = self.rule, losses
         if losses.dtype.itemsize < state.mean.dtype.itemsize:
             wide = losses.to(self._buffers["mean"].dtype)  # pyright: ignore[reportOptionalMemberAccess]
-        if looked:
-            bounds = torch.aminmax(wide)
-            lowest, largest = number_of(bounds[0]), number_of(bounds[1])
+        if mask is None and weight is None and losses.numel() > 0:
+            # numpy takes half of torch's time for each operation on a few losses; torch has threads for many.
+            is_small = wide.numel() <= MANY
+            values: Any = wide.numpy() if is_small else wide
+            ops: Ops = FINITE_NUMPY if is_small else FINITE_HOST
+            lowest, largest = extremes(values)
             # NaN makes both NaN, and NaN is never between two numbers.
             if -np.inf < lowest <= largest < np.inf:
-                ops = FINITE_HOST
                 if lowest <= 0:
                     self._warn_of_sign(lowest)
-                if weight is None and type(rule) is rules.ALRC:
-                    batch, ceiling = rule.calm(wide, largest, state, ops)
+                if type(rule) is rules.ALRC:
+                    batch, ceiling = rule.calm(values, largest, state, ops)
                     if batch is not None:
                         self._seen[0] = Seen(losses, None, ceiling, None, (lowest, largest, batch.number * batch.mean))
                         return losses, None, batch
-        decision, batch = self._measure(wide, mask, weight, state, ops)
+                decision = rule.decide(values, state, ops)
+                batch = rule.measure(values, decision, state, ops)
+                limited, scale = as_tensor(decision.limited), as_tensor(decision.scale)
+                self._seen[0] = Seen(losses, scale, decision.ceiling, None)
+                return limited, scale, batch
+        decision, batch = self._measure(wide, mask, weight, state, HOST)
         self._seen[0] = Seen(losses, decision.scale, decision.ceiling, mask)
-        if ops is HOST and losses.numel():
+        if losses.numel():
             self._warn_of_sign(number_of(torch.where(decision.scale > 0, decision.limited, torch.inf).min()))
         return decision.limited, decision.scale, batch
 

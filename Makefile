@@ -15,7 +15,7 @@ help: ## show this list
 demo: .venv/.installed ## reproduce the small table of the paper (minutes on two cores); repeat it to go on
 	$(BIN)/alrc sweep table1 --preset quick
 
-test: .venv/.installed ## run the default test tier (under two minutes)
+test: .venv/.installed ## run the default test tier (two or three minutes)
 	$(BIN)/python -m pytest
 
 lint: .venv/.installed ## check style, formatting and types

@@ -338,6 +338,7 @@ def complaints_about(kind: type[ALRC], test: str) -> tuple[str, ...]:
     return tuple(complaints(make, test, replace(QUICK, warm_up=400, moved=0.5, decay_steps=0)))
 
 
+@pytest.mark.slow  # Others of their kind are in the default tier: `test_gradient_truth.py`.
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_mutant_is_reported(mutant: type[ALRC]) -> None:
     test, text = MUTANTS[mutant]

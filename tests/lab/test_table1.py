@@ -124,6 +124,7 @@ def test_a_run_that_diverges_is_a_result_and_stands_in_the_table(tmp_path: Path)
     assert "diverged" in page
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path) -> None:
     limited = {"num_stddev": 2, "variant": "auto"}
     config = experiment.Config(width=4, iterations=900, final_window=200, data="embedded", **limited)

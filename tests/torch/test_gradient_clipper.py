@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from alrc import rules
 from alrc.ops import NUMPY
 from alrc.rules import AGC, AutoClip, GradientRule, Norm, Value, ZClip
 from alrc.torch import ALRC, GradientClipper
+from waiting import RefuseReading, WaitedError, refusing
 
 RULES: dict[str, Any] = {
     "value": Value(0.5),
@@ -521,18 +520,10 @@ def test_channels_last_gradients_keep_their_layout(path: str) -> None:
 # ------------------------------------------------------------------------------------------------------- no waiting
 
 
-def load_nets() -> ModuleType:
-    """Load the nets that catch what waits for a device."""
-    spec = importlib.util.spec_from_file_location("nets", Path(__file__).with_name("test_no_sync.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-nets = load_nets()
-no_reading = nets.no_reading
+@pytest.fixture
+def no_reading() -> Iterator[None]:
+    with refusing():
+        yield
 
 
 class _Itemising(GradientClipper):
@@ -567,7 +558,7 @@ def test_reads_no_tensor(rule: Any, on_device: None, no_reading: None) -> None:
 
 @every_rule
 def test_calls_no_operator_that_reads(rule: Any, path: str) -> None:
-    with nets.RefuseReading():
+    with RefuseReading():
         two_steps(GradientClipper, rule)
 
 
@@ -577,12 +568,12 @@ def test_runs_where_there_is_nothing_to_read(rule: Any) -> None:
 
 
 def test_a_clipper_that_reads_is_caught(on_device: None, no_reading: None) -> None:
-    with pytest.raises(nets.WaitedError):
+    with pytest.raises(WaitedError):
         two_steps(_Itemising, Norm(1.0))
 
 
 def test_an_operator_that_reads_is_caught() -> None:
-    with nets.RefuseReading(), pytest.raises(nets.WaitedError):
+    with RefuseReading(), pytest.raises(WaitedError):
         two_steps(_Itemising, Norm(1.0))
 
 

@@ -8,15 +8,14 @@ import io
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from alrc import rules
 from alrc.rules import Norm
@@ -25,6 +24,7 @@ from alrc.torch.arrival import Arrival
 from alrc.torch.monitor import logging_writer, tensorboard
 from alrc.torch.named import NamedALRC
 from monitor_oracle import MAX_NORM, RULES, STEPS, Oracle, Run, differences, stream, unsigned_may_warn
+from waiting import RefuseReading, WaitedError, refusing
 
 
 @pytest.fixture(params=["device", "host"])
@@ -93,41 +93,11 @@ def test_asking_waits_for_what_is_under_way(path: str, slow: None) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- no waiting
 
-READING = (
-    *("item", "cpu", "numpy", "tolist", "nonzero", "__array__", "__contains__"),
-    *("__bool__", "__float__", "__int__", "__index__", "__complex__", "__iter__", "__len__"),
-)
-
-
-class WaitedError(Exception):
-    """A tensor was read."""
-
-
-class RefuseReading(TorchDispatchMode):
-    """Refuse the operators whose result depends on the values in memory."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in self.NAMES:
-            raise WaitedError(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
 
 @contextmanager
 def no_reading(path: str) -> Iterator[None]:
-    """Make every method that reads a tensor raise; a CPU's own memory may be looked at as numpy sees it."""
-
-    def refuse(name: str) -> Callable[..., Any]:
-        def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            raise WaitedError(name)
-
-        return method
-
-    with pytest.MonkeyPatch.context() as patch, RefuseReading():
-        for name in READING:
-            if (path, name) != ("host", "numpy"):
-                patch.setattr(Tensor, name, refuse(name))
+    """Make everything that reads a tensor raise."""
+    with refusing(is_on_host=path == "host"), RefuseReading():
         yield
 
 

@@ -7,24 +7,15 @@ nothing to read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrc.torch import ALRC, Huber
-
-READING = (
-    *("item", "cpu", "numpy", "tolist", "nonzero", "__array__", "__contains__"),
-    *("__bool__", "__float__", "__int__", "__index__", "__complex__", "__iter__", "__len__"),
-)
-
-
-class WaitedError(Exception):
-    """A tensor was read."""
+from waiting import RefuseReading, WaitedError, refusing
 
 
 @pytest.fixture(params=["device", "host"])
@@ -36,32 +27,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture
-def no_reading(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every method that reads a tensor raise; a CPU's own memory may be looked at as numpy sees it."""
-
-    def refuse(name: str) -> Callable[..., Any]:
-        def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            raise WaitedError(name)
-
-        return method
-
-    for name in READING:
-        if (path, name) != ("host", "numpy"):
-            monkeypatch.setattr(Tensor, name, refuse(name))
-
-
-class RefuseReading(TorchDispatchMode):
-    """Refuse the operators whose result depends on the values in memory."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
-    INDEXING = ("index", "index_put", "index_put_")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name in self.INDEXING else []
-        if name in self.NAMES or masks:  # A mask is turned into positions below the dispatcher.
-            raise WaitedError(name)
-        return func(*args, **(kwargs or {}))
+def no_reading(path: str) -> Iterator[None]:
+    """Make every method that reads a tensor raise."""
+    with refusing(is_on_host=path == "host"):
+        yield
 
 
 class Itemising(ALRC):

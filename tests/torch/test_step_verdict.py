@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrc.rules import SkipStep
 from alrc.torch import StepGuard, TooManySkips
 from alrc.torch.arrival import Arrival
 from bitwise import same
+from waiting import RefuseReading, WaitedError, refusing
 
 Make = Callable[[Any], Optimizer]
 
@@ -294,30 +294,10 @@ def test_a_foreign_state_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------- no waiting
 
 
-class WaitedError(Exception):
-    """A tensor was read."""
-
-
-class RefuseReading(TorchDispatchMode):
-    """Refuse the operators whose result depends on the values in memory."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in self.NAMES:
-            raise WaitedError(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
-def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every method that reads a tensor raise."""
-    for name in ("item", "cpu", "numpy", "tolist", "__bool__", "__float__", "__int__", "__array__", "__index__"):
-
-        def refuse(self: Tensor, *args: Any, name: str = name, **kwargs: Any) -> Any:
-            raise WaitedError(name)
-
-        monkeypatch.setattr(Tensor, name, refuse)
+def no_reading() -> Iterator[None]:
+    with refusing():
+        yield
 
 
 def walk(guard: StepGuard, weight: nn.Parameter, loss: Tensor, steps: int = 3) -> None:

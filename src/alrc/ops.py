@@ -67,6 +67,10 @@ class Ops(Protocol):
         """Return the sum of x · y over all elements of two arrays of one shape as a 0-d array."""
         ...
 
+    def count_nonzero(self, x: Any, /) -> Any:
+        """Return the number of elements that are not 0 as a 0-d array in the dtype of `x`."""
+        ...
+
     def replace_nonfinite(self, x: Any, value: float, /) -> Any:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         ...
@@ -177,6 +181,10 @@ class NumpyOps:
     def dot(self, x: Any, y: Any, /) -> Any:
         """Return the sum of x · y over all elements."""
         return np.dot(np.ravel(x), np.ravel(y))
+
+    def count_nonzero(self, x: Any, /) -> Any:
+        """Return the number of elements that are not 0."""
+        return np.result_type(x).type(np.count_nonzero(x))
 
     def replace_nonfinite(self, x: Any, value: float, /) -> Any:
         """Return a copy with NaN, inf and -inf replaced by `value`."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from alrc.moments import Moments
 from alrc.ops import NUMPY, Ops
-from alrc.rules.batch import Batch, level
+from alrc.rules.batch import Batch, weigh_limited
 from alrc.rules.loss import LARGEST_LOSS, Decision
 from alrc.rules.shift import Watched, feed_weight, moment_weight, watch
 
@@ -260,40 +260,33 @@ class ALRC:
         Returns:
             The statistics of the batch, 0-d arrays.
         """
-        valid = None if ops.is_finite and weight is None else ops.ceil(decision.scale)
+        fed = decision.limited if self.feed == "limited" else ops.replace_nonfinite(losses, 0.0)
+        is_plain = ops.is_finite and weight is None
+        valid = None if is_plain else ops.ceil(decision.scale)
         if weight is not None:
             # Padding may hold anything, and 0 · NaN would be NaN.
-            valid = valid * ops.where((weight > 0) & (weight <= LARGEST_LOSS), weight, 0.0)
-        limited, raw = decision.limited, ops.replace_nonfinite(losses, 0.0)
-        fed = limited if self.feed == "limited" else raw
-        hit_weight = None
-        if self.is_auto and self.feed == "limited":
-            hit_weight = feed_weight(state.rate, self.num_stddev, ops)
-        if ops.size(losses) == 1:
-            number = 1.0 if valid is None else ops.scalar(valid)
+            weight = ops.where((weight > 0) & (weight <= LARGEST_LOSS), weight, 0.0)
+            valid = valid * weight
+        var = deviation = None
+        if ops.size(fed) == 1:
+            number = 1.0 if is_plain else ops.scalar(valid)
             mean = ops.clip(ops.scalar(fed), -LARGEST_LOSS, LARGEST_LOSS)
-            if not self.is_auto:
-                return Batch(number, number, mean)
-            is_hit = ops.scalar(limited) != ops.scalar(raw)
-            kept = number if hit_weight is None else ops.where(is_hit, number * hit_weight, number)
-            raw_mean = ops.clip(ops.scalar(raw), -LARGEST_LOSS, LARGEST_LOSS)
-            return Batch(number, kept, mean, None, ops.where(is_hit, number, 0 * number), raw_mean, 0 * mean)
-        has_var = self.second_moment == "elements"
-        number, mean, var = level(raw if self.is_auto else fed, valid, ops, is_zeroed=weight is None, has_var=has_var)
+        else:
+            number = float(ops.size(fed)) if is_plain else ops.total(valid)
+            divisor = ops.where(number > 0, number, 1.0)
+            total = ops.total(fed) if weight is None else ops.dot(fed, valid)
+            mean = ops.clip(total / divisor, -LARGEST_LOSS, LARGEST_LOSS)
+            if self.second_moment == "elements":
+                gap = ops.shift(fed, -mean)
+                deviation = gap if is_plain else valid * gap
+                square = ops.total_square(gap) if is_plain else ops.dot(deviation, gap)
+                var = ops.clip(square / divisor, None, LARGEST_LOSS**2)
+        batch = Batch(number, number, mean, var)
         if not self.is_auto:
-            return Batch(number, number, mean, var)
-        is_hit, one = limited != raw, 1.0 if valid is None else valid
-        hits = ops.total(ops.where(is_hit, one, 0.0))
-        raw_level = mean, var if has_var else 0 * mean
-        if hit_weight is None:
-            return Batch(number, number, mean, var, hits, *raw_level)
-
-        def reweighted() -> tuple[Any, ...]:
-            """Return the level of the limited losses, of which those that were limited count less."""
-            return level(limited, ops.where(is_hit, hit_weight * one, one), ops)
-
-        kept, mean, var = ops.select(hits > 0, reweighted, (number, *raw_level))
-        return Batch(number, kept, mean, var, hits, *raw_level)
+            return batch
+        excess = ops.scalar(ops.replace_nonfinite(losses - decision.limited, 0.0))
+        lost = 1 - feed_weight(state.rate, self.num_stddev, ops) if self.feed == "limited" else None
+        return weigh_limited(batch, excess, deviation, decision, lost, weight, ops)
 
     def commit(self, batch: Batch, state: Any, ops: Ops = NUMPY, when: Any = None) -> Any:
         """Return the state after a batch (S4, S9, S17-S19).

@@ -11,9 +11,9 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 from alrc.ops import NUMPY, Ops
-from alrc.rules.loss import LARGEST_LOSS
+from alrc.rules.loss import LARGEST_LOSS, Decision
 
-__all__ = ["Batch", "level"]
+__all__ = ["Batch", "weigh_limited"]
 
 
 class Batch(NamedTuple):
@@ -120,30 +120,65 @@ class Batch(NamedTuple):
         return Batch(*batch[:4], self.hits + other.hits, *raw)
 
 
-def level(
-    values: Any, weights: Any | None, ops: Ops, *, is_zeroed: bool = False, has_var: bool = True
-) -> tuple[Any, Any, Any]:
-    """Return the weight, mean and variance of an array, 0-d; bounded as S8 says.
+def weigh_limited(
+    batch: Batch, excess: Any, deviation: Any, decision: Decision, lost: Any | None, weight: Any | None, ops: Ops
+) -> Batch:
+    """Add to a batch how many losses were limited and what they were before, and let them count less (S17).
 
     Args:
-        values: Finite numbers of any shape.
-        weights: Weight of each, ≥ 0; None if all have the weight 1.
+        batch: Number, mean and variance of the losses the moments are fed with.
+        excess: What limiting took from each loss: 0 where nothing, negative where it was raised; 0-d for one loss.
+        deviation: Difference of each fed loss from their mean, times its weight; None where `batch.var` is.
+        decision: The decision; its limits are used.
+        lost: What a limited loss counts less than 1 in the moments; None where they are fed with unlimited losses.
+        weight: Weight of each loss, or None.
         ops: Primitives of the framework.
-        is_zeroed: Whether the values are 0 wherever the weights are, and the weights 1 elsewhere.
-        has_var: Whether the variance is wanted; else it is None.
 
     Returns:
-        Sum of the weights, weighted mean, weighted variance; 0, 0, 0 where there is nothing.
+        The batch with all its fields.
     """
-    number = float(ops.size(values)) if weights is None else ops.total(weights)
+    number, _, mean, var, *_ = batch
+    is_single = ops.size(excess) == 1
+    if is_single:
+        hits = ops.where(excess != 0, number, 0 * number)
+    else:
+        hits = ops.count_nonzero(excess) if weight is None else ops.dot(ops.where(excess != 0, 1.0, 0.0), weight)
+    level = mean, 0 * mean if var is None else var
+    if lost is None:
+        return Batch(number, number, mean, var, hits, *level)
     divisor = ops.where(number > 0, number, 1.0)
-    total = ops.total(values) if weights is None or is_zeroed else ops.dot(values, weights)
-    mean = _bounded(total / divisor, -LARGEST_LOSS, LARGEST_LOSS, ops)
-    if not has_var:
-        return number, mean, None
-    gap = ops.shift(values, -mean)
-    square = ops.total_square(gap) if weights is None else ops.dot(gap * weights, gap)
-    return number, mean, _bounded(square / divisor, 0.0, LARGEST_LOSS**2, ops)
+
+    def unlimited() -> tuple[Any, Any]:
+        """Return mean and variance of L from L = limited + excess; every term is as exact as its parts."""
+        weighted = excess if weight is None or is_single else excess * weight
+        mean_excess = weighted if is_single else ops.total(weighted) / divisor
+        raw_var = level[1]
+        if var is not None:
+            both = ops.dot(weighted, excess) + 2 * ops.dot(deviation, excess)
+            raw_var = var + both / divisor - mean_excess * mean_excess
+        return _bounded(mean + mean_excess, -LARGEST_LOSS, LARGEST_LOSS, ops), _bounded(
+            raw_var, 0.0, LARGEST_LOSS**2, ops
+        )
+
+    raw = ops.select(hits > 0, unlimited, level)
+    kept = number - lost * hits
+    if is_single:
+        return Batch(number, kept, mean, var, hits, *raw)
+
+    def reweighted() -> tuple[Any, Any]:
+        """Return mean and variance of the fed losses with the limited ones counted `lost` less."""
+        parts = [(hits, decision.ceiling - mean)]
+        if decision.floor is not None:
+            low = ops.clip(excess, None, 0.0)
+            below = ops.count_nonzero(low) if weight is None else ops.dot(ops.where(low != 0, 1.0, 0.0), weight)
+            parts = [(hits - below, decision.ceiling - mean), (below, decision.floor - mean)]
+        rest = ops.where(kept > 0, kept, 1.0)
+        moved = lost * sum(part * gap for part, gap in parts) / rest
+        square = number * level[1] - lost * sum(part * gap * gap for part, gap in parts)
+        return mean - moved, ops.clip(square / rest - moved * moved, 0.0, LARGEST_LOSS**2)
+
+    mean, new_var = ops.select(hits > 0, reweighted, level)
+    return Batch(number, kept, mean, None if var is None else new_var, hits, *raw)
 
 
 def _bounded(x: Any, low: float, high: float, ops: Ops) -> Any:

@@ -107,6 +107,10 @@ class HostOps:
             x, y = x.reshape(-1), y.reshape(-1)
         return number_of(torch.dot(x, y))
 
+    def count_nonzero(self, x: Tensor, /) -> Any:
+        """Return the number of elements that are not 0."""
+        return np.float64(number_of(torch.count_nonzero(x)))
+
     def replace_nonfinite(self, x: Any, value: float, /) -> Any:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         if isinstance(x, Tensor):

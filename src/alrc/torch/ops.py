@@ -49,6 +49,10 @@ class TorchOps:
         """Return the sum of x · y over all elements."""
         return torch.dot(x.reshape(-1), y.reshape(-1))
 
+    def count_nonzero(self, x: Tensor, /) -> Tensor:
+        """Return the number of elements that are not 0."""
+        return torch.count_nonzero(x).to(x.dtype)
+
     def replace_nonfinite(self, x: Tensor, value: float, /) -> Tensor:
         """Return a copy with NaN, inf and -inf replaced by `value`."""
         return torch.nan_to_num(x, nan=value, posinf=value, neginf=value)

@@ -521,8 +521,8 @@ def test_channels_last_gradients_keep_their_layout(path: str) -> None:
 
 
 @pytest.fixture
-def no_reading() -> Iterator[None]:
-    with refusing():
+def no_reading(path: str) -> Iterator[None]:
+    with refusing(is_on_host=path == "host"):
         yield
 
 
@@ -545,14 +545,8 @@ def two_steps(make: Callable[..., GradientClipper], rule: GradientRule, device: 
         _ = clipper.last
 
 
-@pytest.fixture
-def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("gradient", "norms"):
-        monkeypatch.setattr(f"alrc.torch.{module}.is_on_host", lambda x: False)
-
-
 @every_rule
-def test_reads_no_tensor(rule: Any, on_device: None, no_reading: None) -> None:
+def test_reads_no_tensor(rule: Any, no_reading: None) -> None:
     two_steps(GradientClipper, rule)
 
 
@@ -567,7 +561,7 @@ def test_runs_where_there_is_nothing_to_read(rule: Any) -> None:
     two_steps(GradientClipper, rule, "meta")
 
 
-def test_a_clipper_that_reads_is_caught(on_device: None, no_reading: None) -> None:
+def test_a_clipper_that_reads_is_caught(no_reading: None) -> None:
     with pytest.raises(WaitedError):
         two_steps(_Itemising, Norm(1.0))
 

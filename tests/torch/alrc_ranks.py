@@ -371,10 +371,10 @@ def cases(folder: Path) -> dict[str, Callable[[int, int], Told]]:
 
 
 def tell(case: Callable[[int, int], Told], size: int, rank: int) -> Told:
-    """Run a case; what goes wrong is told, too."""
+    """Run a case; what goes wrong is told, too, and the parent fails with it."""
     try:
         return case(size, rank)
-    except Exception:
+    except Exception:  # whatever it is: the other processes wait for this one to go on
         return {"error": traceback.format_exc()}
 
 

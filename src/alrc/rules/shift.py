@@ -22,7 +22,7 @@ ALARM_MARGIN = 1 / 3
 WINSOR = 4.0
 """Distance of the ceiling of the recent means from their median, in distances of the upper quartile (S19)."""
 RECENCY = 3
-"""With weights (1 + 3) / (t + 3) update t remembers about the last quarter of the run (S17)."""
+"""With the weight (1 + 3) / (t + 1 + 3) after t updates, the last quarter of them is remembered (S17)."""
 
 
 class Watched(NamedTuple):

@@ -35,6 +35,10 @@ class Ops(Protocol):
         """Select `x` where the condition holds, else `y`; either may be a number."""
         ...
 
+    def real(self, x: Any, /) -> Any:
+        """Return whole numbers in the type of the moments, where the framework does not divide them into it itself."""
+        ...
+
     def ceil(self, x: Any, /) -> Any:
         """Return the smallest whole number that is not smaller, element by element."""
         ...
@@ -84,7 +88,7 @@ class Ops(Protocol):
         ...
 
     def size(self, x: Any, /) -> int:
-        """Return the number of elements, a Python integer."""
+        """Return the number of elements, a Python integer; any above 1 where a compiler does not know it yet."""
         ...
 
     def scalar(self, x: Any, /) -> Any:
@@ -148,6 +152,10 @@ class NumpyOps:
             return x if condition else y
         selected = cast(Any, np.where(condition, x, y))
         return selected[()]
+
+    def real(self, x: Any, /) -> Any:
+        """Return `x` itself: numpy divides whole numbers."""
+        return x
 
     def ceil(self, x: Any, /) -> Any:
         """Return the smallest whole number that is not smaller."""

@@ -8,17 +8,19 @@ Must import no framework, and never `reference.py`, which checks it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alrc.moments import Moments
 from alrc.ops import NUMPY, Ops
 from alrc.rules.batch import Batch, weigh_limited
 from alrc.rules.loss import LARGEST_LOSS, Decision
 from alrc.rules.shift import Watched, feed_weight, moment_weight, watch
+from alrc.rules.stored import read_state, write_state
 
 __all__ = ["ALRC"]
 
@@ -302,18 +304,19 @@ class ALRC:
             The new state; equal to `state` when no loss was finite (S8).
         """
         some = batch.number > 0
+        one = ops.where(some, 1, 0)
         number = ops.where(some, batch.number, 1.0)
         kept = batch.number / number
         var = batch.var if self.second_moment == "elements" else None
         if not self.is_auto:
             weights = [(1 - beta) * kept for beta in self._different_betas]
-            after = state.updated(batch.mean, var, (weights[0], weights[-1]), some)
+            after = state.updated(batch.mean, var, (weights[0], weights[-1]), one)
         else:
             kept = batch.kept / number
             weights = [
                 moment_weight(beta, state.count, ops) * kept for beta in sorted({*self.betas}, key=self.betas.index)
             ]
-            moments = Moments(*state[:3]).updated(batch.mean, var, (weights[0], weights[-1]), some)
+            moments = Moments(*state[:3]).updated(batch.mean, var, (weights[0], weights[-1]), one)
             recent = ops.stack((batch.raw_mean, batch.raw_var))
             share = ops.clip(batch.hits / number, 0.0, 1.0)
             after = watch(moments, some, share, recent, state, self.num_stddev, ops)
@@ -335,6 +338,25 @@ class ALRC:
             The new state; equal to `state` when no loss was finite (S8).
         """
         return self.commit(self.measure(losses, decision, state, ops, weight), state, ops)
+
+    def state_dict(self, state: Moments | Watched) -> dict[str, NDArray[Any]]:
+        """Return a state as every framework reads it: a versioned dictionary of numpy arrays (S16)."""
+        return write_state(state)
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> Moments | Watched:
+        """Return the state that a dictionary of `state_dict` holds, whichever framework wrote it.
+
+        Args:
+            stored: The dictionary; its values may be arrays of any framework that numpy can read.
+
+        Returns:
+            A state of numpy arrays.
+
+        Raises:
+            KeyError: If an entry is missing.
+            ValueError: If the version or a shape is not that of this rule, or an entry is unknown.
+        """
+        return read_state(stored, self.init())
 
     @property
     def _different_betas(self) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ equal the joined batch (SPEC S23, S24). Must import no framework.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -98,6 +98,44 @@ class Batch(NamedTuple):
         if sums.shape[0] == 4:
             return batch
         return cls(*batch[:4], sums[4], *level(sums[0], sums[5], sums[6]))
+
+    def joined(self, add_up: Callable[[Any], Any], center: Any, ops: Ops = NUMPY) -> Batch:
+        """Return the joined batch of a group whose members all call this.
+
+        In two rounds, the second about the joint mean: exact in float32, where `sums` needs float64.
+
+        Args:
+            add_up: Adds up an array over the members, such as an all-reduce.
+            center: 0-d reference that all members share, such as the running mean.
+            ops: Primitives of the framework.
+
+        Returns:
+            One batch, the same for every member.
+        """
+        levels = [(self.kept, self.mean, self.var)]
+        if self.hits is not None:
+            levels.append((self.number, self.raw_mean, self.raw_var))
+        sums = add_up(
+            ops.stack(
+                [self.number, self.number if self.hits is None else self.hits]
+                + [part for weight, mean, _ in levels for part in (weight, weight * (mean - center))]
+            )
+        )
+        means = [center + sums[i + 1] / ops.where(sums[i] > 0, sums[i], 1.0) for i in range(2, 2 + 2 * len(levels), 2)]
+        squares = add_up(
+            ops.stack(
+                [
+                    weight * ((0 if var is None else var) + (mean - joint) * (mean - joint))
+                    for (weight, mean, var), joint in zip(levels, means, strict=True)
+                ]
+            )
+        )
+        joint = [
+            (mean, squares[i] / ops.where(sums[2 + 2 * i] > 0, sums[2 + 2 * i], 1.0)) for i, mean in enumerate(means)
+        ]
+        if self.hits is None:
+            return Batch(sums[0], sums[2], *joint[0])
+        return Batch(sums[0], sums[2], *joint[0], sums[1], *joint[1])
 
     def _merged_with(self, other: Batch, ops: Ops) -> Batch:
         """Return the statistics of two batches as one."""

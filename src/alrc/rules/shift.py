@@ -119,7 +119,7 @@ def feed_weight(rate: Any, num_stddev: float, ops: Ops) -> Any:
 
 def moment_weight(beta: float, count: Any, ops: Ops) -> Any:
     """Return the weight of the next update in a running moment: that of the recent quarter, at least 1 - β (S17)."""
-    return ops.clip((1 + RECENCY) / (count + (1 + RECENCY)), 1 - beta, None)
+    return ops.clip((1 + RECENCY) / ops.real(count + (1 + RECENCY)), 1 - beta, None)
 
 
 def watch(

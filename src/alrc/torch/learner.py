@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from alrc import rules
 from alrc.rules import Batch
+from alrc.rules.stored import STATE_VERSIONS, check_version
 from alrc.torch.attachment import Attachment
 from alrc.torch.host import HOST, is_on_host, number_of
 from alrc.torch.ops import EAGER
 from alrc.torch.processes import Joining, group_of
 
 __all__ = ["Learner", "quiet"]
-
-_STATE_VERSIONS = {"Moments": 1, "Watched": 2}
-"""Version of the state dictionary for each kind of state (SPEC S16)."""
 
 
 def quiet() -> Any:
@@ -58,7 +56,7 @@ class Learner(nn.Module):
             dtype = torch.int64 if name == "count" else torch.float32
             self.register_buffer(name, torch.tensor(value, dtype=dtype))
         # A buffer, not module metadata: it survives every checkpoint format that stores tensors.
-        self.register_buffer("version", torch.tensor(_STATE_VERSIONS[self._kind.__name__], dtype=torch.int64))
+        self.register_buffer("version", torch.tensor(STATE_VERSIONS[self._kind], dtype=torch.int64))
         self.register_state_dict_pre_hook(Learner._settle)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
@@ -237,15 +235,18 @@ class Learner(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **others: Any) -> None:
-        """Refuse a state that another version of the rule wrote."""
+        """Take what any framework wrote (S16), and refuse what another version of the rule did."""
         self._joining = None
-        version, ours = state_dict.get(f"{prefix}version"), _STATE_VERSIONS[self._kind.__name__]
-        if version is not None and int(version) != ours:
-            raise RuntimeError(
-                f"the ALRC state under '{prefix}' has version {int(version)}, but this one reads version {ours}: 1 is "
-                'written by a start (mu1, mu2), 2 by start="auto". Load it into an ALRC with the settings that wrote '
-                "it, or leave its entries out to start afresh."
-            )
+        for name in (*self._kind._fields, "version"):
+            value = state_dict.get(f"{prefix}{name}")
+            if value is not None and not isinstance(value, Tensor):
+                state_dict[f"{prefix}{name}"] = torch.as_tensor(np.asarray(value))
+        version = state_dict.get(f"{prefix}version")
+        if version is not None:
+            try:
+                check_version(version, self._kind, f"the ALRC state under '{prefix}'")
+            except ValueError as error:
+                raise RuntimeError(str(error)) from None  # what torch raises when a state does not fit
         super()._load_from_state_dict(state_dict, prefix, *rest, **others)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class TorchOps:
     divide: Any = staticmethod(torch.true_divide)
     shift: Any = staticmethod(torch.add)
     total: Any = staticmethod(torch.sum)
+    real: Any = staticmethod(lambda x: x)
 
     def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
         """Return the element-wise minimum, in place of `x`."""

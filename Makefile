@@ -6,17 +6,22 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test lint format bench peers clean distclean
+.PHONY: help demo test test-keras lint format bench peers clean distclean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.installed ## reproduce the small table of the paper (minutes on two cores); repeat it to go on
 	$(BIN)/alrc sweep table1 --preset quick
 
 test: .venv/.installed ## run the default test tier (two or three minutes)
 	$(BIN)/python -m pytest
+
+test-keras: .venv/.installed .venv-tensorflow/.installed ## run the Keras tests on its three backends, tensorflow's in an environment of its own
+	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras src/alrc/keras
+	KERAS_BACKEND=jax $(BIN)/python -m pytest tests/keras src/alrc/keras
+	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest tests/keras src/alrc/keras
 
 lint: .venv/.installed ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -32,6 +37,9 @@ bench: .venv/.installed ## measure the overhead and the cost of a step, with the
 	$(BIN)/python benchmarks/gradient_clipping.py
 	$(BIN)/python benchmarks/step_guard.py
 	$(BIN)/python benchmarks/experiment_step.py
+	$(BIN)/python benchmarks/jax_transforms.py
+	KERAS_BACKEND=jax $(BIN)/python benchmarks/keras_layer.py
+	KERAS_BACKEND=torch $(BIN)/python benchmarks/keras_layer.py
 
 peers: .venv/.installed ## ask alrc and its peers the eight conformance questions and print the table (minutes)
 	$(BIN)/python benchmarks/peers.py
@@ -40,8 +48,8 @@ clean: ## remove caches and built packages; results stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv too
-	rm -rf .venv
+distclean: clean ## remove .venv and .venv-tensorflow too
+	rm -rf .venv .venv-tensorflow
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -50,4 +58,11 @@ distclean: clean ## remove .venv too
 	@echo "Installing alrc and its tested dependencies into .venv; this takes a few minutes, once."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-tensorflow/.installed: pyproject.toml constraints.txt
+	@echo "Installing alrc and tensorflow into .venv-tensorflow, once."
+	@$(PYTHON) -m venv .venv-tensorflow
+	@.venv-tensorflow/bin/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+		-e '.[keras]' tensorflow-cpu pytest hypothesis
 	@touch $@

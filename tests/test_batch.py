@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +67,26 @@ def by_sums(batches: Sequence[Batch], center: float = 1.7) -> Batch:
     return Batch.from_sums(np.sum([batch.sums(np.float64(center)) for batch in batches], axis=0), np.float64(center))
 
 
+def by_joining(batches: Sequence[Batch], center: float = 1.7) -> Batch:
+    """Join as devices join: every one runs the same program and meets the others in each sum."""
+    meeting, told = threading.Barrier(len(batches)), dict[int, Any]()
+
+    def member(rank: int) -> Batch:
+        def add_up(array: Any) -> Any:
+            told[rank] = array
+            meeting.wait(10)
+            total = sum(told[other] for other in range(len(batches)))
+            meeting.wait(10)
+            return total
+
+        return batches[rank].joined(add_up, type(batches[rank].mean)(center))
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        joined = list(pool.map(member, range(len(batches))))
+    assert all(batch == joined[0] for batch in joined), "the members disagree"
+    return joined[0]
+
+
 def by_unweighted_means(batches: Sequence[Batch]) -> Batch:
     """Merge wrongly: average what the shards say, whatever their sizes, as an all-reduce of means would."""
     return Batch(*(np.mean([batch[i] for batch in batches]) for i in range(7)))
@@ -94,7 +116,7 @@ def check(merge: Merge, parts: Sequence[Sequence[float]]) -> None:
     assert got.raw_var >= 0
 
 
-@pytest.mark.parametrize("merge", [by_pairs, by_sums])
+@pytest.mark.parametrize("merge", [by_pairs, by_sums, by_joining])
 @given(parts=shards)
 @example(parts=[[], []])
 @example(parts=[[], [1.0], []])
@@ -128,7 +150,7 @@ def test_one_batch_merges_to_itself() -> None:
     assert Batch.merged([batch]) is batch
 
 
-@pytest.mark.parametrize("merge", [by_pairs, by_sums])
+@pytest.mark.parametrize("merge", [by_pairs, by_sums, by_joining])
 def test_a_batch_without_a_spread_has_none(merge: Merge) -> None:
     """Single losses and means of batches come with var=None (S11)."""
     got = merge([Batch(1.0, 1.0, 2.0), Batch(3.0, 3.0, 6.0)])
@@ -137,7 +159,7 @@ def test_a_batch_without_a_spread_has_none(merge: Merge) -> None:
     assert got.hits is got.raw_mean is got.raw_var is None
 
 
-@pytest.mark.parametrize("merge", [by_pairs, by_sums])
+@pytest.mark.parametrize("merge", [by_pairs, by_sums, by_joining])
 def test_what_an_empty_batch_holds_is_of_no_account(merge: Merge) -> None:
     full = describe([1.0, 5.0])
     strange = Batch(*map(np.float64, (0.0, 0.0, 77.0, 8.0, 0.0, -55.0, 9.0)))
@@ -177,3 +199,16 @@ def test_float32_keeps_a_small_spread(merge: Merge) -> None:
 def test_raw_moments_in_float32_lose_it() -> None:
     with pytest.raises(AssertionError):
         check_small_spread(by_raw_moments)
+
+
+def test_joining_is_exact_in_float32_where_sums_are_not() -> None:
+    values = np.random.default_rng(5).normal(1000, 0.1, (4, 50))
+    batches = [describe(part, np.float32) for part in (values - 999)]  # the limit of these tests is 3
+    far = [
+        batch._replace(mean=batch.mean + np.float32(999), raw_mean=batch.raw_mean + np.float32(999))
+        for batch in batches
+    ]
+    want = np.var(values)
+    assert float(by_joining(far, 0.0).raw_var) == pytest.approx(want, rel=1e-2)
+    sums = np.sum([batch.sums(np.float32(0)) for batch in far], axis=0, dtype=np.float32)
+    assert float(Batch.from_sums(sums, np.float32(0)).raw_var) != pytest.approx(want, rel=0.1)

@@ -82,6 +82,17 @@ def test_loads_in_the_safe_mode_of_torch() -> None:
     assert_same_state(fresh, module)
 
 
+def test_loads_the_numpy_dictionary_of_the_pure_rule() -> None:
+    module, fresh = used(), ALRC(observe=4)
+    rule = module.rule
+    state = rule.load_state_dict(module.state_dict())
+    fresh.load_state_dict(rule.state_dict(state))  # pyright: ignore[reportArgumentType]
+    assert_same_state(fresh, module)
+    inside = nn.ModuleDict({"limit": ALRC(observe=4)})
+    inside.load_state_dict({f"limit.{name}": value for name, value in rule.state_dict(state).items()})
+    assert_same_state(inside["limit"], module)
+
+
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_a_missing_entry_is_an_error(key: str) -> None:
     state = used().state_dict()

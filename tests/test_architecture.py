@@ -21,7 +21,18 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "src"
 
-FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "optax", "keras", "tensorflow", "lightning", "transformers"}
+FRAMEWORKS = {
+    "torch",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "keras",
+    "tensorflow",
+    "lightning",
+    "transformers",
+    "accelerate",
+}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 MAX_LINES = 600
 WARN_LINES = 400
@@ -58,11 +69,18 @@ RULES = {
     "alrc.torch": Rule((*BACKEND, "alrc.torch.*"), frozenset({"numpy", "torch"})),
     # Wraps stabilisers for the kit; no other backend knows it.
     "alrc.torch.conformance": Rule(("alrc.conformance.*", "alrc.torch.conformance.*"), frozenset({"numpy", "torch"})),
-    "alrc.jax": Rule(BACKEND, frozenset({"numpy", "jax", "optax"})),
-    "alrc.keras": Rule(BACKEND, frozenset({"numpy", "keras"})),
-    "alrc.integrations": Rule(
-        (*BACKEND, "alrc.torch.*", "alrc.integrations.*"), frozenset({"torch", "lightning", "transformers"})
+    "alrc.jax": Rule((*BACKEND, "alrc.jax.*"), frozenset({"numpy", "jax", "optax"})),
+    "alrc.jax.conformance": Rule(("alrc.conformance.*", "alrc.jax.*", *BACKEND), frozenset({"numpy", "jax"})),
+    # Its replicas can only be asked in tensorflow's own words.
+    "alrc.keras": Rule((*BACKEND, "alrc.keras.*"), frozenset({"numpy", "keras"}), lazy=frozenset({"tensorflow"})),
+    "alrc.keras.conformance": Rule(
+        ("alrc.conformance.*", "alrc.keras.*", *BACKEND),
+        frozenset({"numpy", "keras"}),
+        lazy=frozenset({"tensorflow", "jax", "torch"}),
     ),
+    "alrc.integrations.__init__": Rule(packages=frozenset()),
+    "alrc.integrations.lightning": Rule((*BACKEND, "alrc.torch.*"), frozenset({"torch", "lightning"})),
+    "alrc.integrations.transformers": Rule((*BACKEND, "alrc.torch.*"), frozenset({"torch", "transformers"})),
     "alrc_lab.__init__": Rule(),
     "alrc_lab.data": Rule(("alrc_lab.data.*",), None),
     "alrc_lab.experiments.__init__": Rule(packages=frozenset()),
@@ -81,7 +99,7 @@ RULES = {
 
 # Their frameworks are extras of their own.
 BACKENDS = [
-    RULES[name] for name in ("alrc.torch", "alrc.torch.conformance", "alrc.jax", "alrc.keras", "alrc.integrations")
+    rule for name, rule in RULES.items() if name.startswith(("alrc.torch", "alrc.jax", "alrc.keras", "alrc.integ"))
 ]
 
 

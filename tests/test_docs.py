@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -26,6 +27,9 @@ README = REPOSITORY / "README.md"
 DOCUMENTS = sorted(
     [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "src").rglob("*.md")]
 )
+
+OPTIONAL = {"torch", "jax", "optax", "flax", "equinox", "keras", "lightning", "transformers", "accelerate"}
+"""Frameworks without which a document's other examples still run."""
 
 # --------------------------------------------------------------------------------------------------- reading Markdown
 
@@ -76,18 +80,36 @@ def anchors_of(text: str) -> set[str]:
 # ------------------------------------------------------------------------------------------------------- the checks
 
 
-def run_blocks(path: Path) -> int:
-    """Run the Python blocks of a document in order, in one namespace, and return how many there were."""
+def missing_frameworks(text: str) -> set[str]:
+    """Name the frameworks that a block of Python imports and that are not installed."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(text)):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for module in modules:
+            parts = module.split(".")
+            found |= {parts[0]} | ({parts[-1]} if parts[0] == "alrc" else set())
+    return {name for name in found & OPTIONAL if importlib.util.find_spec(name) is None}
+
+
+def run_blocks(path: Path) -> tuple[int, set[str]]:
+    """Run the Python blocks of a document in order, in one namespace.
+
+    Return how many there were, and for want of which frameworks others were left out.
+    """
     namespace: dict[str, Any] = {"__name__": f"document_{path.stem}"}
-    ran = 0
+    ran, missing = 0, set[str]()
     for block in blocks_of(read(path)):
         words = block.info.replace(",", " ").split()
         if words[:1] == ["python"] and "no-run" not in words:
+            if lacks := missing_frameworks(block.text):
+                missing |= lacks
+                continue
             # Leading newlines make a traceback name the line of the document.
             code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")
             exec(code, namespace)
             ran += 1
-    return ran
+    return ran, missing
 
 
 def broken_links(path: Path) -> list[str]:
@@ -243,10 +265,11 @@ def unexplained(project: str, text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", [README, *(p for p in DOCUMENTS if p != README)], ids=lambda path: path.name)
 def test_code_in_documents_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch", reason="the examples use torch")
     monkeypatch.chdir(tmp_path)
-    ran = run_blocks(path)
+    ran, missing = run_blocks(path)
     assert ran or path != README, "README.md has no example that can be pasted and run"
+    if missing:
+        pytest.skip(f"the examples that need {', '.join(sorted(missing))} were left out; {ran} others ran")
 
 
 @pytest.mark.parametrize("path", [README, *(p for p in DOCUMENTS if p != README)], ids=lambda path: path.name)
@@ -271,12 +294,18 @@ def test_readme_names_its_two_commands() -> None:
 
 
 PUBLIC = ["alrc", "alrc.ops", "alrc.moments", "alrc.rules", "alrc.reference", "alrc.conformance"]
-PUBLIC += ["alrc.torch", "alrc.torch.conformance"]
+PUBLIC += ["alrc.torch", "alrc.torch.conformance", "alrc.jax", "alrc.jax.conformance"]
+PUBLIC += ["alrc.keras", "alrc.keras.conformance", "alrc.integrations.lightning", "alrc.integrations.transformers"]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_are_documented(name: str) -> None:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        pytest.skip(f"{error.name} is not installed")
     assert module.__all__, f"{name} has no public name"
     assert undocumented(module) == []
 
@@ -304,7 +333,18 @@ def test_code_that_fails_is_reported(tmp_path: Path) -> None:
 
 def test_only_marked_code_is_left_out(tmp_path: Path) -> None:
     page = write(tmp_path, "```python no-run\n1 / 0\n```\n```bash\nfalse\n```\n```python\nx = 1\n```\n")
-    assert run_blocks(page) == 1
+    assert run_blocks(page) == (1, set())
+
+
+@pytest.mark.parametrize("line", ["import flax.nnx", "from equinox import nn", "from alrc.keras import ALRC"])
+def test_code_for_a_framework_that_is_missing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in OPTIONAL else find_spec(name))
+    ran, missing = run_blocks(write(tmp_path, f"```python\nx = 1\n```\n```python\n{line}\n1 / 0\n```\n"))
+    assert ran == 1
+    assert len(missing) == 1
 
 
 def test_a_missing_document_is_named(tmp_path: Path) -> None:

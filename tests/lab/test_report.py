@@ -14,7 +14,7 @@ from rich.console import Console
 
 from alrc_lab import report
 from alrc_lab.report import tables
-from lab.synthetic_study import LOST, PUBLISHED, SHA256, write_metrics, write_study
+from synthetic_study import LOST, PUBLISHED, SHA256, write_metrics, write_study
 
 
 @pytest.fixture(scope="module")

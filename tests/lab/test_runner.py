@@ -14,10 +14,10 @@ import numpy as np
 import polars
 import pytest
 
+import counting_experiment as counting
 from alrc_lab import runner
 from alrc_lab.runner import RunSpec
-from lab import counting_experiment as counting
-from lab.counting_experiment import INPUTS, files, prepared, read, spec
+from counting_experiment import INPUTS, files, prepared, read, spec
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def test_numpy_numbers_in_a_summary_are_numbers(tmp_path, monkeypatch):
     assert (state.state, state.diverged_at, state.summary) == ("diverged", 4, {"a": 0.5, "b": 3})
 
 
-@pytest.mark.parametrize("entry", ["lab.no_such_module:run", "lab.counting_experiment:no_such_function"])
+@pytest.mark.parametrize("entry", ["no_such_module:run", "counting_experiment:no_such_function"])
 def test_an_entry_that_cannot_be_imported_is_a_failure(tmp_path, entry):
     folder = runner.prepare(RunSpec(entry, {}, None, (), "lost"), tmp_path)
     state = runner.execute(folder)

@@ -16,7 +16,7 @@ import pytest
 
 from alrc_lab import runner
 from alrc_lab.runner import MetricsWriter, executors, recording
-from lab.counting_experiment import check_is_unbroken, files, prepared, read
+from counting_experiment import check_is_unbroken, files, prepared, read
 
 EXECUTE = "runner.execute(folders[0], checkpoint_every_s=0.05)"
 SWEEP = "runner.sweep(folders, workers=2, checkpoint_every_s=0.05)"

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import counting_experiment as counting
 from alrc_lab import runner
 from alrc_lab.experiments.recorder import MemoryRecorder, Recorder
 from alrc_lab.runner import FolderRecorder, MetricsWriter, recording
-from lab import counting_experiment as counting
-from lab.counting_experiment import INPUTS, files, prepared, read
+from counting_experiment import INPUTS, files, prepared, read
 
 
 @pytest.fixture(autouse=True)

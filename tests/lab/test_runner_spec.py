@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import counting_experiment as counting
 from alrc_lab import runner
 from alrc_lab.runner import RunSpec
-from lab import counting_experiment as counting
-from lab.counting_experiment import INPUTS, prepared, read, spec
+from counting_experiment import INPUTS, prepared, read, spec
 
 # --- identity ---------------------------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def test_identity_ignores_order_excluded_fields_and_the_place_of_the_data_and_no
     assert others.keys() | set(counting.EXCLUDED) == base.config.keys()
     found = {spec(inputs=INPUTS, **{key: value}).identity for key, value in others.items()}
     found |= {spec(inputs=INPUTS | {"sha256": "cd" * 32}).identity, spec(inputs=None).identity, base.identity}
-    found |= {dataclasses.replace(base, entry="lab.counting_experiment:other").identity}
+    found |= {dataclasses.replace(base, entry="counting_experiment:other").identity}
     assert len(found) == len(others) + 4
 
 

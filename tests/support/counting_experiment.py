@@ -19,7 +19,7 @@ import numpy as np
 from alrc_lab.runner import RunSpec, inspect_run, prepare, read_metrics
 
 INPUTS = {"name": "numbers", "source": "made up", "path": "/here", "images": 3, "sha256": "ab" * 32}
-ENTRY = "lab.counting_experiment:run"
+ENTRY = "counting_experiment:run"
 EXCLUDED = ("sleep_s", "block", "hang")
 
 

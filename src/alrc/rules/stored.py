@@ -67,18 +67,19 @@ def read_state(stored: Mapping[str, Any], like: Any) -> Any:
         KeyError: If an entry is missing.
         ValueError: If the version or a shape is not that of the rule, or there are entries that belong to none.
     """
-    kind = type(like)
+    kind: Any = like.__class__
+    names: tuple[str, ...] = kind._fields
     if "version" not in stored:
         raise KeyError(f"the state has no entry 'version'; its entries are {', '.join(map(repr, stored)) or 'none'}.")
     check_version(np.asarray(stored["version"]), kind)
-    missing = [name for name in kind._fields if name not in stored]
+    missing = [name for name in names if name not in stored]
     if missing:
         raise KeyError(f"the state lacks {', '.join(missing)}; its entries are {', '.join(map(repr, stored))}.")
-    unknown = [name for name in stored if name not in (*kind._fields, "version")]
+    unknown = [name for name in stored if name not in (*names, "version")]
     if unknown:
         raise ValueError(f"the state has entries that belong to no ALRC: {', '.join(unknown)}.")
-    values = {name: np.asarray(stored[name]) for name in kind._fields}
-    for name, value in zip(kind._fields, like, strict=True):
+    values = {name: np.asarray(stored[name]) for name in names}
+    for name, value in zip(names, like, strict=True):
         if values[name].shape != np.shape(value):
             raise ValueError(
                 f"{name} has shape {values[name].shape}, but this ALRC needs {np.shape(value)}; the last axis of "

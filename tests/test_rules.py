@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
@@ -16,16 +17,19 @@ from hypothesis.extra.numpy import arrays
 from alrc import rules
 from alrc.moments import Moments
 from alrc.ops import NUMPY, NumpyOps, Ops
-from alrc.rules import ALRC, Huber
+from alrc.rules import ALRC, Batch, Huber
 
 NAN, INF = float("nan"), float("inf")
 START = (1.0, 1.04)
 
 
-@pytest.fixture(params=["rules", "torch"])
+BACKENDS = ("torch", "jax", "keras")
+
+
+@pytest.fixture(params=["rules", *BACKENDS])
 def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Give ALRC of the core, then of the torch backend."""
-    return ALRC if request.param == "rules" else pytest.importorskip("alrc.torch").ALRC
+    """Give ALRC of the core, then of each backend."""
+    return ALRC if request.param == "rules" else pytest.importorskip(f"alrc.{request.param}").ALRC
 
 
 INVALID = [
@@ -94,14 +98,18 @@ def test_edge_of_the_range_is_accepted(make: Callable[..., Any], settings: dict[
     make(**settings)
 
 
-def test_constructors_agree_on_names_order_and_defaults() -> None:
-    import inspect
-
-    torch_alrc = pytest.importorskip("alrc.torch").ALRC
-    ours, theirs = inspect.signature(ALRC).parameters, inspect.signature(torch_alrc).parameters
-    assert [*ours, "sync"] == list(theirs)
-    assert [*(p.default for p in ours.values()), False] == [p.default for p in theirs.values()]
-    assert [p.kind for p in theirs.values()][1:] == [inspect.Parameter.KEYWORD_ONLY] * (len(theirs) - 1)
+@pytest.mark.parametrize(
+    ("backend", "own"), [("torch", {"sync": False}), ("jax", {"axis_name": None}), ("keras", {"keywords": ...})]
+)
+def test_constructors_agree_on_names_order_and_defaults(backend: str, own: dict[str, Any]) -> None:
+    theirs = inspect.signature(pytest.importorskip(f"alrc.{backend}").ALRC).parameters
+    ours = inspect.signature(ALRC).parameters
+    assert [*ours, *own] == list(theirs)
+    defaults = [p.default if p.kind is not p.VAR_KEYWORD else ... for p in theirs.values()]
+    assert [*(p.default for p in ours.values()), *own.values()] == defaults
+    kinds = {p.kind for p in theirs.values()} - {inspect.Parameter.VAR_KEYWORD}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    assert next(iter(theirs.values())).kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def test_a_rule_is_a_frozen_value() -> None:
@@ -329,3 +337,22 @@ def test_huber_names_an_invalid_setting(h: float) -> None:
         Huber(h)
     with pytest.raises(ValueError, match=re.escape(str(h))):
         pytest.importorskip("alrc.torch").Huber(h)
+
+
+@pytest.mark.parametrize("feed", ["limited", "unlimited"])
+@pytest.mark.parametrize("second_moment", ["elements", "mean"])
+@pytest.mark.parametrize("start", ["auto", (1.0, 1.04)])
+@pytest.mark.parametrize("signed", [False, True])
+def test_micro_batches_equal_one_batch_whatever_the_settings(
+    feed: Any, second_moment: Any, start: Any, signed: bool
+) -> None:
+    rule = ALRC(observe=4, feed=feed, second_moment=second_moment, start=start, signed=signed, betas=(0.9, 0.95))
+    rng, states = np.random.default_rng(0), {parts: rule.init() for parts in (1, 2, 8)}
+    for step in range(40):
+        losses = rng.normal(1, 0.2, 8) * (30 if step % 7 == 6 else 1)
+        for parts, state in states.items():
+            batches = [rule.measure(part, rule.decide(part, state), state) for part in np.split(losses, parts)]
+            states[parts] = rule.commit(Batch.merged(batches), state)
+    for parts in (2, 8):
+        for name, want, got in zip(states[1]._fields, states[1], states[parts], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12, err_msg=f"{name} of {parts} micro-batches")

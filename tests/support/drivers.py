@@ -31,12 +31,20 @@ class Driver(Protocol):
     dtype: Any
     """Numpy type of losses and state."""
 
-    def step(self, losses: Any) -> Step:
-        """Limit the losses, find their gradients, update the state."""
+    def step(self, losses: Any, narrow: bool = False) -> Step:
+        """Limit the losses, find their gradients, update the state; `narrow` hands the losses over in bfloat16."""
         ...
 
     def read(self) -> tuple[float, float, float]:
         """Return mu1, mu2 and the limit for the next losses."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as it is stored."""
+        ...
+
+    def load_state_dict(self, stored: dict[str, Any]) -> None:
+        """Go on from a stored state, whichever framework wrote it."""
         ...
 
 
@@ -51,7 +59,8 @@ class NumpyDriver:
         self.dtype: Any = dtype
         self.state = self._rounded(rule.init())
 
-    def step(self, losses: Any) -> Step:
+    def step(self, losses: Any, narrow: bool = False) -> Step:
+        assert not narrow, "numpy has no bfloat16"
         losses = np.asarray(losses, dtype=self.dtype)
         decision = self.rule.decide(losses, self.state)
         self.state = self._rounded(self.rule.update(losses, decision, self.state))
@@ -59,6 +68,12 @@ class NumpyDriver:
 
     def read(self) -> tuple[float, float, float]:
         return float(self.state.mu1), float(self.state.mu2), float(self.rule.limit(self.state))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.rule.state_dict(self.state)
+
+    def load_state_dict(self, stored: dict[str, Any]) -> None:
+        self.state = self._rounded(self.rule.load_state_dict(stored))
 
     def _rounded(self, state: Any) -> Any:
         """Hold the state in the precision under test."""
@@ -72,15 +87,24 @@ class TorchDriver:
         self.module, self.call = module, module if call is None else call
         self.dtype: Any = np.float64 if double else np.float32
 
-    def step(self, losses: Any) -> Step:
-        leaf = torch.tensor(np.asarray(losses, dtype=self.dtype), requires_grad=True)
+    def step(self, losses: Any, narrow: bool = False) -> Step:
+        leaf = torch.tensor(np.asarray(losses, dtype=self.dtype))
+        leaf = (leaf.bfloat16() if narrow else leaf).requires_grad_()
         limited = self.call(leaf)
         limited.backward(torch.ones_like(limited))
         assert leaf.grad is not None
-        return Step(limited.detach().numpy(), leaf.grad.numpy())
+        assert limited.dtype == leaf.dtype
+        wide = torch.float64 if self.dtype is np.float64 else torch.float32
+        return Step(limited.detach().to(wide).numpy(), leaf.grad.to(wide).numpy())
 
     def read(self) -> tuple[float, float, float]:
         return float(self.module.mu1), float(self.module.mu2), float(self.module.limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.module.state_dict()
+
+    def load_state_dict(self, stored: dict[str, Any]) -> None:
+        self.module.load_state_dict(stored)
 
 
 def drive_numpy(rule: rules.ALRC) -> Driver:

@@ -203,9 +203,9 @@ def test_raises_with_evidence_when_the_budget_is_spent() -> None:
     assert [entry.loss for entry in caught.value.skipped] == [4.0, 5.0, 6.0]
     assert [entry.ids for entry in caught.value.skipped] == [[4, 40], [5, 50], [6, 60]]
     assert str(caught.value) == (
-        "3 updates in a row were skipped, steps 4 to 6; the weights are those before step 4. Gradient norms: nan, inf "
-        "(2 times). Losses: 4, 5, 6. Samples: [4, 40]; [5, 50]; [6, 60]. Look at these batches and at the learning "
-        "rate, or raise max_consecutive_skips."
+        "3 updates in a row were skipped, steps 4 to 6; they left the weights as they were before step 4. "
+        "Gradient norms: nan, inf (2 times). Losses: 4, 5, 6. Samples: [4, 40]; [5, 50]; [6, 60]. "
+        "Look at these batches and at the learning rate, or raise max_consecutive_skips."
     )
     assert isinstance(caught.value, RuntimeError)
     spend(guard, weight, [math.nan, math.nan, 1], first=7)  # whoever catches it has the whole budget again

@@ -5,11 +5,11 @@ Exists apart from the modules that use it because every one of them needs it. Im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 
 __all__ = ["JAX", "JaxOps"]
 
@@ -34,8 +34,8 @@ class JaxOps:
         return jnp.clip(x, low, high)
 
     def real(self, x: Any, /) -> Any:
-        """Return `x` itself: JAX divides whole numbers."""
-        return x
+        """Return whole numbers as floating point that takes the type of what it meets; else they bring float32."""
+        return lax.convert_element_type(x, float)
 
     def row_total(self, x: Any, /) -> Any:
         """Return the sum along the last axis."""

@@ -11,6 +11,7 @@ from alrc.rules.gradient import AGC, GradientDecision, GradientRule, Measure, No
 from alrc.rules.history import AutoClip, NormHistory, NormStatistics, ZClip
 from alrc.rules.loss import LARGEST_LOSS, Decision, Huber, Rule
 from alrc.rules.shift import Watched, alarm_delay, explained_share, largest_share
+from alrc.rules.skips import SkippedStep, TooManySkips
 from alrc.rules.step import SkipStep, StepState, StepVerdict
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "NormStatistics",
     "Rule",
     "SkipStep",
+    "SkippedStep",
     "StepState",
     "StepVerdict",
+    "TooManySkips",
     "UnitNorms",
     "Value",
     "Watched",

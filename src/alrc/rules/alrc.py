@@ -317,7 +317,9 @@ class ALRC:
                 moment_weight(beta, state.count, ops) * kept for beta in sorted({*self.betas}, key=self.betas.index)
             ]
             moments = Moments(*state[:3]).updated(batch.mean, var, (weights[0], weights[-1]), one)
-            recent = ops.stack((batch.raw_mean, batch.raw_var))
+            # Merging gives a variance between the parts, which the one batch of a mean does not have (S11).
+            raw_var = batch.raw_var if self.second_moment == "elements" else 0 * batch.raw_var
+            recent = ops.stack((batch.raw_mean, raw_var))
             share = ops.clip(batch.hits / number, 0.0, 1.0)
             after = watch(moments, some, share, recent, state, self.num_stddev, ops)
         if when is None:

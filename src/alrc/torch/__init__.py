@@ -4,13 +4,13 @@ Measures tensors, lets a rule decide, scales. Contains no arithmetic of a rule a
 here reads a tensor's value, so nothing waits for the device; but for `StepGuard` in mode "host", which says so.
 """
 
+from alrc.rules.skips import SkippedStep, TooManySkips
 from alrc.torch.gradient import GradientClipper, GradientTelemetry
 from alrc.torch.guard import StepGuard, StepTelemetry
 from alrc.torch.huber import Huber, estimate_start
 from alrc.torch.loss import ALRC, Telemetry
 from alrc.torch.monitor import Monitor
 from alrc.torch.named import NamedALRC
-from alrc.torch.skips import SkippedStep, TooManySkips
 
 __all__ = [
     "ALRC",

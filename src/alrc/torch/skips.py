@@ -6,63 +6,19 @@ Exists apart from `guard.py` because looking at a device without waiting for it 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from alrc.rules.skips import SkippedStep, TooManySkips
 from alrc.torch.arrival import Arrival
 
-__all__ = ["SkipLedger", "SkippedStep", "TooManySkips"]
+__all__ = ["SkipLedger"]
 
 CONSECUTIVE, LONGEST, TOTAL, STEPS = range(4)
 _LATE = 64
-
-
-class SkippedStep(NamedTuple):
-    """Say what is known of one update that was skipped."""
-
-    step: int
-    """Number of the update, counted from 0."""
-    loss: float
-    """Its loss; NaN if none was given, or if it was NaN."""
-    norm: float
-    """Its gradient norm."""
-    ids: Any = None
-    """What was given as `ids`; None if nothing was."""
-
-
-class TooManySkips(RuntimeError):  # noqa: N818 - the name says what happened
-    """Report that a whole budget of updates was skipped, one after the other.
-
-    Attributes:
-        skipped: The skipped updates, oldest first: as many as the budget allows.
-    """
-
-    def __init__(self, skipped: Sequence[SkippedStep]) -> None:
-        self.skipped = tuple(skipped)
-        first, last = self.skipped[0], self.skipped[-1]
-        message = (
-            f"{len(self.skipped)} updates in a row were skipped, steps {first.step} to {last.step}; the weights are "
-            f"those before step {first.step}. Gradient norms: {_shorten(entry.norm for entry in self.skipped)}. "
-            f"Losses: {_shorten(entry.loss for entry in self.skipped)}."
-        )
-        if any(entry.ids is not None for entry in self.skipped):
-            message += f" Samples: {'; '.join(str(entry.ids) for entry in self.skipped)}."
-        super().__init__(f"{message} Look at these batches and at the learning rate, or raise max_consecutive_skips.")
-
-
-def _shorten(values: Any) -> str:
-    """Write numbers with three digits, runs of equal ones once."""
-    runs: list[list[Any]] = []
-    for text in (f"{value:.3g}" for value in values):
-        if runs and runs[-1][0] == text:
-            runs[-1][1] += 1
-        else:
-            runs.append([text, 1])
-    return ", ".join(text if number == 1 else f"{text} ({number} times)" for text, number in runs)
 
 
 class SkipLedger:

@@ -5,6 +5,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
+# A compiler at work in most tests: two processes take half the time of one.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help demo test test-keras lint format bench peers clean distclean
 .DEFAULT_GOAL := help
@@ -15,13 +17,13 @@ help: ## show this list
 demo: .venv/.installed ## reproduce the small table of the paper (minutes on two cores); repeat it to go on
 	$(BIN)/alrc sweep table1 --preset quick
 
-test: .venv/.installed ## run the default test tier (two or three minutes)
-	$(BIN)/python -m pytest
+test: .venv/.installed ## run the default test tier, with the frameworks that are installed (minutes)
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-keras: .venv/.installed .venv-tensorflow/.installed ## run the Keras tests on its three backends, tensorflow's in an environment of its own
-	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras src/alrc/keras
-	KERAS_BACKEND=jax $(BIN)/python -m pytest tests/keras src/alrc/keras
-	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest tests/keras src/alrc/keras
+	KERAS_BACKEND=torch $(BIN)/python -m pytest $(PARALLEL) tests/keras src/alrc/keras
+	KERAS_BACKEND=jax $(BIN)/python -m pytest $(PARALLEL) tests/keras src/alrc/keras
+	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest $(PARALLEL) tests/keras src/alrc/keras
 
 lint: .venv/.installed ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -64,5 +66,5 @@ distclean: clean ## remove .venv and .venv-tensorflow too
 	@echo "Installing alrc and tensorflow into .venv-tensorflow, once."
 	@$(PYTHON) -m venv .venv-tensorflow
 	@.venv-tensorflow/bin/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
-		-e '.[keras]' tensorflow-cpu pytest hypothesis
+		-e '.[keras]' tensorflow-cpu pytest pytest-xdist hypothesis
 	@touch $@

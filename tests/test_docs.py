@@ -263,6 +263,8 @@ def unexplained(project: str, text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------ the real documents
 
 
+# Keras reads torch's weights in a way that numpy is going to leave behind.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 @pytest.mark.parametrize("path", [README, *(p for p in DOCUMENTS if p != README)], ids=lambda path: path.name)
 def test_code_in_documents_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

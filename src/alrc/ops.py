@@ -83,6 +83,10 @@ class Ops(Protocol):
         """Return x + y for a 0-d `y`."""
         ...
 
+    def gap(self, x: Any, y: Any, /) -> Any:
+        """Return x - y; 0 where they are equal, even if a compiler merges the subtraction with what made `x`."""
+        ...
+
     def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
         """Return x + factor · y."""
         ...
@@ -206,6 +210,10 @@ class NumpyOps:
     def shift(self, x: Any, y: Any, /) -> Any:
         """Return x + y."""
         return x + y
+
+    def gap(self, x: Any, y: Any, /) -> Any:
+        """Return x - y."""
+        return x - y
 
     def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
         """Return x + factor · y."""

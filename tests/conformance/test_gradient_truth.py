@@ -7,7 +7,7 @@ at least one check must go red.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import mutants
 from alrc.reference import alrc_trace
 from alrc.rules import ALRC
 from drivers import Driver, Make, drive_class, drive_compiled, drive_numpy, drive_numpy32, drive_torch, drive_torch64
+from jax_driver import drive_jax, drive_jax64, drive_jax_jit
+from keras_driver import drive_keras
 
 # The tracing compiler warns about its own way of making an autograd context.
 pytestmark = [
@@ -33,10 +35,29 @@ BACKENDS: dict[str, Make] = {
     "torch": drive_torch,
     "torch-float64": drive_torch64,
     "torch-compiled": drive_compiled,
+    "jax": drive_jax,
+    "jax-jit": drive_jax_jit,
+    "jax-jit-float64": drive_jax64,
+    "keras-torch": drive_keras("torch"),
+    "keras-jax": drive_keras("jax"),
+    "keras-tensorflow": drive_keras("tensorflow"),
+    "keras-torch-float64": drive_keras("torch", double=True),
+    "keras-tensorflow-float64": drive_keras("tensorflow", double=True),
 }
+NARROW = ["torch", "torch-compiled", "jax", "jax-jit", "keras-torch", "keras-jax", "keras-tensorflow"]
+"""Those that are given losses in bfloat16 too; numpy has none, and a float64 state adds nothing."""
 
 
-@pytest.fixture(params=list(BACKENDS))
+SLOW = {"jax"}
+"""Operation by operation it takes thirty milliseconds a step; the same code runs compiled in the default tier."""
+
+
+def named(backends: Iterable[str]) -> list[Any]:
+    """Return parameters for some backends, marked as they have to be."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in backends]
+
+
+@pytest.fixture(params=named(BACKENDS))
 def make(request: pytest.FixtureRequest) -> Make:
     return BACKENDS[request.param]
 
@@ -178,6 +199,26 @@ def check_domain(make: Make) -> None:
             np.testing.assert_array_equal(limited[outside], np.array(losses)[outside])
 
 
+def in_bfloat16(losses: np.ndarray) -> np.ndarray:
+    """Round to 8 bits of significand, to even: the numbers that bfloat16 has, in float32."""
+    bits = losses.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def check_narrow_losses(make: Make) -> None:
+    """Follow losses in bfloat16: decisions and state are those of float32, values and gradients are rounded once."""
+    for rule in (ALRC(betas=(0.95, 0.95), observe=8), ALRC(betas=(0.98, 0.98), start=(2.0, 6.0))):
+        driver, stream = make(rule), in_bfloat16(spiky(8, 120, 6))
+        want = alrc_trace(stream, **vars(rule))
+        assert sum(int(np.sum(scale < 1)) for scale in want.scale) > 10
+        for i, losses in enumerate(stream):
+            limited, gradient = driver.step(losses, narrow=True)
+            np.testing.assert_allclose(limited, want.limited[i], rtol=2**-8, err_msg=f"values of step {i}")
+            np.testing.assert_allclose(gradient, want.scale[i], rtol=2**-8, err_msg=f"gradients of step {i}")
+            np.testing.assert_array_equal(limited[want.scale[i] == 1], losses[want.scale[i] == 1])
+            np.testing.assert_allclose(driver.read()[:2], (want.mu1[i], want.mu2[i]), rtol=precision(driver))
+
+
 CHECKS: tuple[Callable[[Make], Any], ...] = (
     check_mixed_batch,
     check_all_limited,
@@ -198,12 +239,23 @@ def test_holds(check: Callable[[Make], Any], make: Make) -> None:
     check(make)
 
 
+@pytest.mark.parametrize("backend", named(NARROW))
+def test_holds_for_narrow_losses(backend: str) -> None:
+    check_narrow_losses(BACKENDS[backend])
+
+
 CAUGHT_BY: dict[type, tuple[Callable[[Make], Any], ...]] = {
     mutants.LimitingDisabled: (check_mixed_batch, check_all_limited, check_scalar_stream, check_poison),
-    mutants.GradientZeroed: (check_mixed_batch, check_all_limited, check_scalar_stream, check_loss_at_the_limit),
+    mutants.GradientZeroed: (
+        check_mixed_batch,
+        check_all_limited,
+        check_scalar_stream,
+        check_loss_at_the_limit,
+        check_narrow_losses,
+    ),
     mutants.LiteralFormula: (check_domain, check_poison),
     mutants.BatchMeanLimited: (check_mixed_batch, check_all_limited, check_batch_stream),
-    mutants.UnlimitedFeed: (check_mixed_batch, check_scalar_stream, check_batch_stream),
+    mutants.UnlimitedFeed: (check_mixed_batch, check_scalar_stream, check_batch_stream, check_narrow_losses),
     mutants.BiasedDecay: (check_mixed_batch, check_scalar_stream, check_unequal_decays),
     mutants.RawMoments: (check_small_spread,),
     mutants.UpdateFirst: (check_loss_at_the_limit, check_scalar_stream, check_batch_stream),

@@ -14,6 +14,8 @@ import pytest
 
 from alrc.rules import ALRC
 from drivers import Driver, Make, drive_class, drive_compiled, drive_numpy, drive_numpy32, drive_torch
+from jax_driver import drive_jax_jit
+from keras_driver import drive_keras
 from mutants import MUTANTS
 
 RELATIVE = 1e-4
@@ -45,7 +47,11 @@ def check_golden(make: Make, golden: dict[str, np.ndarray], case: str, steps: in
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("make", [drive_numpy, drive_numpy32, drive_torch], ids=["float64", "float32", "torch"])
+@pytest.mark.parametrize(
+    "make",
+    [drive_numpy, drive_numpy32, drive_torch, drive_jax_jit, *map(drive_keras, ("torch", "jax", "tensorflow"))],
+    ids=["float64", "float32", "torch", "jax-jit", "keras-torch", "keras-jax", "keras-tensorflow"],
+)
 def test_reproduces_the_authors_code(make: Make, case: str, golden: dict[str, np.ndarray]) -> None:
     check_golden(make, golden, case)
 

@@ -286,7 +286,7 @@ class ALRC:
         batch = Batch(number, number, mean, var)
         if not self.is_auto:
             return batch
-        excess = ops.scalar(ops.replace_nonfinite(losses - decision.limited, 0.0))
+        excess = ops.scalar(ops.replace_nonfinite(ops.gap(losses, decision.limited), 0.0))
         lost = 1 - feed_weight(state.rate, self.num_stddev, ops) if self.feed == "limited" else None
         return weigh_limited(batch, excess, deviation, decision, lost, weight, ops)
 

@@ -118,6 +118,10 @@ class HostOps:
             return torch.nan_to_num(x, nan=value, posinf=value, neginf=value)
         return NUMPY.replace_nonfinite(x, value)
 
+    def gap(self, x: Any, y: Any, /) -> Any:
+        """Return x - y."""
+        return x - y
+
     def add_scaled(self, x: Any, y: Any, factor: float, /) -> Any:
         """Return x + factor · y."""
         return x + factor * y

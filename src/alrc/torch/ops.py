@@ -27,6 +27,7 @@ class TorchOps:
     divide: Any = staticmethod(torch.true_divide)
     shift: Any = staticmethod(torch.add)
     total: Any = staticmethod(torch.sum)
+    gap: Any = staticmethod(torch.sub)
     real: Any = staticmethod(lambda x: x)
 
     def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
@@ -107,6 +108,10 @@ class TracedOps(TorchOps):
     def floor(self, x: Tensor, y: Tensor, /) -> Tensor:
         """Return the element-wise maximum."""
         return torch.maximum(x, y)
+
+    def gap(self, x: Tensor, y: Tensor, /) -> Tensor:
+        """Return x - y, with a select that no compiler can see through."""
+        return torch.where(x == y, 0.0, x - y)
 
 
 EAGER, TRACED = TorchOps(), TracedOps()

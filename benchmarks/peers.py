@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from zclip import ZClip
 
+import alrc.jax
+import alrc.jax.conformance
 from alrc import estimate_start, rules
 from alrc.conformance import Make, Outcome, Traits, run, table
 from alrc.torch import ALRC, GradientClipper
@@ -196,6 +198,12 @@ PEERS: dict[str, Make] = {
     "alrc ALRC(signed=True)": wrap_loss_limiter(
         partial(ALRC, signed=True), is_signed=True, synced=partial(ALRC, signed=True, sync=True)
     ),
+    "alrc.jax ALRC()": alrc.jax.conformance.wrap_loss_limiter(
+        alrc.jax.ALRC(), synced=lambda axis: alrc.jax.ALRC(axis_name=axis)
+    ),
+    "alrc.jax ALRC(signed=True)": alrc.jax.conformance.wrap_loss_limiter(
+        alrc.jax.ALRC(signed=True), is_signed=True, synced=lambda axis: alrc.jax.ALRC(signed=True, axis_name=axis)
+    ),
     "alrc ALRC.paper": wrap_loss_limiter(lambda: ALRC.paper(mu1=MU1, mu2=MU2)),
     "alrc ALRC.reference": wrap_loss_limiter(lambda: ALRC.reference(mu1_start=MU1, mu2_start=MU2)),
     "alrc Norm": ours(rules.Norm(LIMIT)),
@@ -226,6 +234,7 @@ PEERS: dict[str, Make] = {
 
 def main(*words: str) -> None:
     torch.set_num_threads(1)
+    jax.config.update("jax_num_cpu_devices", 2)  # T7 asks for two
     chosen = [name for name in PEERS if not words or any(word.lower() in name.lower() for word in words)]
     reports = []
     for name in chosen:

@@ -19,6 +19,7 @@ from alrc import rules
 from alrc.jax.ops import JAX
 from alrc.moments import Moments
 from alrc.rules import Batch, Watched
+from alrc.rules.presets import Presets
 
 __all__ = ["ALRC", "Telemetry"]
 
@@ -42,7 +43,7 @@ class Telemetry(NamedTuple):
 
 @jax.tree_util.register_static
 @dataclass(frozen=True, init=False, repr=False)
-class ALRC:
+class ALRC(Presets):
     """Limit losses to a number of running standard deviations above their running mean.
 
     Call it on the losses before they are averaged, with the state of the call before. A loss above L_max = mean +
@@ -115,33 +116,6 @@ class ALRC:
         made = cls.__new__(cls)
         made._set(rule, axis_name)
         return made
-
-    @classmethod
-    def paper(
-        cls,
-        num_stddev: float = 3.0,
-        betas: tuple[float, float] = (0.999, 0.999),
-        mu1: float = 25.0,
-        mu2: float = 900.0,
-    ) -> Self:
-        """Follow Algorithm 1 of the paper to the letter; see `alrc.rules.ALRC.paper`."""
-        return cls.from_rule(rules.ALRC.paper(num_stddev, betas, mu1, mu2))
-
-    @classmethod
-    def reference(
-        cls,
-        num_stddev: float = 3.0,
-        decay: float = 0.999,
-        mu1_start: float = 25.0,
-        mu2_start: float = 900.0,
-    ) -> Self:
-        """Follow the code the authors published; see `alrc.rules.ALRC.reference`."""
-        return cls.from_rule(rules.ALRC.reference(num_stddev, decay, mu1_start, mu2_start))
-
-    @classmethod
-    def cifar_scripts(cls, num_stddev: float = 3.0) -> Self:
-        """Follow the authors' squared-error CIFAR-10 scripts; see `alrc.rules.ALRC.cifar_scripts`."""
-        return cls.from_rule(rules.ALRC.cifar_scripts(num_stddev))
 
     def init(self, dtype: Any = jnp.float32) -> Any:
         """Return the state before the first loss: a tuple of arrays, a pytree like any other.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from alrc import rules
 from alrc.keras.ops import KERAS, KerasOps
+from alrc.rules.presets import Presets
 
 __all__ = ["ALRC"]
 
@@ -24,7 +25,7 @@ DOUBLE = KerasOps("float64")
 
 
 @keras.saving.register_keras_serializable(package="alrc")
-class ALRC(keras.layers.Layer):
+class ALRC(Presets, keras.layers.Layer):
     """Limit losses to a number of running standard deviations above their running mean.
 
     Call it on the losses before they are averaged: `limit(losses, training=True)`. A loss above L_max = mean +
@@ -112,33 +113,6 @@ class ALRC(keras.layers.Layer):
         layer = cls(**vars(rule), **keywords)
         layer.rule = rule
         return layer
-
-    @classmethod
-    def paper(
-        cls,
-        num_stddev: float = 3.0,
-        betas: tuple[float, float] = (0.999, 0.999),
-        mu1: float = 25.0,
-        mu2: float = 900.0,
-    ) -> Self:
-        """Follow Algorithm 1 of the paper to the letter; see `alrc.rules.ALRC.paper`."""
-        return cls.from_rule(rules.ALRC.paper(num_stddev, betas, mu1, mu2))
-
-    @classmethod
-    def reference(
-        cls,
-        num_stddev: float = 3.0,
-        decay: float = 0.999,
-        mu1_start: float = 25.0,
-        mu2_start: float = 900.0,
-    ) -> Self:
-        """Follow the code the authors published; see `alrc.rules.ALRC.reference`."""
-        return cls.from_rule(rules.ALRC.reference(num_stddev, decay, mu1_start, mu2_start))
-
-    @classmethod
-    def cifar_scripts(cls, num_stddev: float = 3.0) -> Self:
-        """Follow the authors' squared-error CIFAR-10 scripts; see `alrc.rules.ALRC.cifar_scripts`."""
-        return cls.from_rule(rules.ALRC.cifar_scripts(num_stddev))
 
     def build(self, input_shape: Any = None) -> None:
         """Do nothing: the state has no shape of the losses, and is there from the start."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from alrc import rules
 from alrc.ops import Ops
 from alrc.rules import Batch
+from alrc.rules.presets import Presets
 from alrc.torch.autograd import Limit, ScaleGradient
 from alrc.torch.host import FINITE_HOST, FINITE_NUMPY, HOST, MANY, as_tensor, extremes, is_on_host, number_of
 from alrc.torch.learner import Learner, quiet
@@ -57,7 +58,7 @@ class Seen(NamedTuple):
     """Lowest and largest loss and the sum of all, where these were looked at anyway."""
 
 
-class ALRC(Learner):
+class ALRC(Presets, Learner):
     """Limit losses to a number of running standard deviations above their running mean.
 
     Call it on the losses before they are averaged. A loss above L_max = mean + num_stddev · std gets the value L_max
@@ -127,33 +128,6 @@ class ALRC(Learner):
         module = cls.__new__(cls)
         Learner.__init__(module, rule, sync)
         return module
-
-    @classmethod
-    def paper(
-        cls,
-        num_stddev: float = 3.0,
-        betas: tuple[float, float] = (0.999, 0.999),
-        mu1: float = 25.0,
-        mu2: float = 900.0,
-    ) -> Self:
-        """Follow Algorithm 1 of the paper to the letter; see `alrc.rules.ALRC.paper`."""
-        return cls.from_rule(rules.ALRC.paper(num_stddev, betas, mu1, mu2))
-
-    @classmethod
-    def reference(
-        cls,
-        num_stddev: float = 3.0,
-        decay: float = 0.999,
-        mu1_start: float = 25.0,
-        mu2_start: float = 900.0,
-    ) -> Self:
-        """Follow the code the authors published; see `alrc.rules.ALRC.reference`."""
-        return cls.from_rule(rules.ALRC.reference(num_stddev, decay, mu1_start, mu2_start))
-
-    @classmethod
-    def cifar_scripts(cls, num_stddev: float = 3.0) -> Self:
-        """Follow the authors' squared-error CIFAR-10 scripts; see `alrc.rules.ALRC.cifar_scripts`."""
-        return cls.from_rule(rules.ALRC.cifar_scripts(num_stddev))
 
     def forward(self, losses: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Limit `losses` and, in train mode, learn from them.

@@ -8,11 +8,29 @@ from pathlib import Path
 
 import pytest
 
-NEEDS = {"torch": "torch", "jax": "optax", "keras": "keras"}
-"""The package whose absence takes a folder of `src/alrc` out of the examples that are run."""
-NEEDS |= {"integrations/lightning.py": "lightning", "integrations/transformers.py": "transformers"}
-
-SOURCE = Path(__file__).parent / "src" / "alrc"
+ROOT = Path(__file__).parent
+LABORATORY = (
+    "filelock",
+    "jinja2",
+    "matplotlib",
+    "platformdirs",
+    "polars",
+    "psutil",
+    "pyarrow",
+    "rich",
+    "scipy",
+    "tyro",
+)
+NEEDS = {
+    "src/alrc/torch": ("torch",),
+    "src/alrc/jax": ("jax", "optax"),
+    "src/alrc/keras": ("keras",),
+    "src/alrc/integrations/lightning.py": ("lightning",),
+    "src/alrc/integrations/transformers.py": ("transformers",),
+    "src/alrc_lab": LABORATORY,
+    "tests/lab": LABORATORY,
+}
+"""Packages whose absence takes something out of what is collected. Other tests say themselves what they need."""
 
 
 def is_installed(package: str) -> bool:
@@ -34,13 +52,18 @@ if default_backend():
     os.environ["KERAS_BACKEND"] = default_backend()
 
 
+def missing_for(path: Path) -> list[str]:
+    """Name the packages that a file or folder needs and that are not installed."""
+    inside = path.relative_to(ROOT).as_posix() if ROOT in path.parents else ""
+    needed = [packages for part, packages in NEEDS.items() if f"{inside}/".startswith(f"{part}/")]
+    return [package for packages in needed for package in packages if not is_installed(package)]
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out the examples of a backend whose framework is not installed."""
-    if SOURCE not in collection_path.parents:
-        return None
-    inside = collection_path.relative_to(SOURCE).as_posix()
-    missing = [part for part, package in NEEDS.items() if inside.startswith(part) and not is_installed(package)]
-    return True if missing else None
+    """Leave out scripts that tests start, and what needs a package that is not installed."""
+    is_test = collection_path.name.startswith(("test_", "conftest"))
+    is_script = ROOT / "tests" in collection_path.parents and collection_path.suffix == ".py" and not is_test
+    return True if is_script or missing_for(collection_path) else None
 
 
 def pytest_report_header() -> list[str]:
@@ -54,6 +77,6 @@ def pytest_report_header() -> list[str]:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Repeat at the end what was left out, where it is read."""
-    left_out = sorted({part for part, package in NEEDS.items() if not is_installed(package)})
-    if left_out:
-        terminalreporter.write_line(f"examples left out for want of a framework: alrc/{', alrc/'.join(left_out)}")
+    for part, packages in NEEDS.items():
+        if missing := [package for package in packages if not is_installed(package)]:
+            terminalreporter.write_line(f"left out: {part}, for want of {', '.join(missing)}")

@@ -30,6 +30,8 @@ DOCUMENTS = sorted(
 
 OPTIONAL = {"torch", "jax", "optax", "flax", "equinox", "keras", "lightning", "transformers", "accelerate"}
 """Frameworks without which a document's other examples still run."""
+LABORATORY = {"matplotlib", "rich", "tyro"}
+"""Packages that `alrc_lab` needs, as far as they show whether it is installed with what it needs."""
 
 # --------------------------------------------------------------------------------------------------- reading Markdown
 
@@ -89,7 +91,8 @@ def missing_frameworks(text: str) -> set[str]:
         for module in modules:
             parts = module.split(".")
             found |= {parts[0]} | ({parts[-1]} if parts[0] == "alrc" else set())
-    return {name for name in found & OPTIONAL if importlib.util.find_spec(name) is None}
+    found |= LABORATORY if "alrc_lab" in found else set()
+    return {name for name in found & (OPTIONAL | LABORATORY) if importlib.util.find_spec(name) is None}
 
 
 def run_blocks(path: Path) -> tuple[int, set[str]]:
@@ -107,7 +110,12 @@ def run_blocks(path: Path) -> tuple[int, set[str]]:
                 continue
             # Leading newlines make a traceback name the line of the document.
             code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")
-            exec(code, namespace)
+            try:
+                exec(code, namespace)
+            except NameError:
+                if not missing:  # else it goes on where one that was left out stopped
+                    raise
+                continue
             ran += 1
     return ran, missing
 
@@ -281,6 +289,7 @@ def test_links_in_documents_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_commands_in_documents_exist(name: str) -> None:
+    pytest.importorskip("tyro", reason="the laboratory is not installed")
     commands = importlib.import_module("alrc_lab.commands").COMMANDS
     experiments = importlib.import_module("alrc_lab.experiments")
     text = read(REPOSITORY / name)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-import pytorch_optimizer
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
@@ -262,6 +261,7 @@ def test_what_only_python_can_undo_is_undone_when_it_is_found(way: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Lion", "AdamP", "SOAP", "ScheduleFreeAdamW"])
 def test_third_party_optimisers(kind: str) -> None:
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer", reason="these are its optimisers")
     make: Make = getattr(pytorch_optimizer, kind)
     for bad in ((0,), (3,), (2, 5, 6)):
         assert is_as_if_never_called(make, guarded(), dict.fromkeys(bad, math.nan))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -185,6 +186,22 @@ def limit_of_guard(guard: StepGuard) -> float:
     return float(np.min(rules.SkipStep().limits(rules.StepState(**state))))
 
 
+def in_keras(dtype: str, signed: bool = False) -> Any:
+    """Make the wrapped layer for Keras."""
+    return keras_maker(signed)(dtype)
+
+
+@cache
+def keras_maker(signed: bool) -> Make:
+    """Wrap the layer for Keras, on the backend of KERAS_BACKEND or on jax."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from alrc.keras import ALRC
+    from alrc.keras.conformance import wrap_loss_limiter
+
+    make = partial(ALRC, signed=signed)
+    return wrap_loss_limiter(make, is_signed=signed, synced=make)
+
+
 def autoclip(kind: Any) -> Make:
     """Wrap a class of PyPI's autoclip, with its defaults but one threshold for all."""
     return wrap_gradient_clipper(
@@ -204,6 +221,8 @@ PEERS: dict[str, Make] = {
     "alrc.jax ALRC(signed=True)": alrc.jax.conformance.wrap_loss_limiter(
         alrc.jax.ALRC(signed=True), is_signed=True, synced=lambda axis: alrc.jax.ALRC(signed=True, axis_name=axis)
     ),
+    "alrc.keras ALRC()": in_keras,
+    "alrc.keras ALRC(signed=True)": partial(in_keras, signed=True),
     "alrc ALRC.paper": wrap_loss_limiter(lambda: ALRC.paper(mu1=MU1, mu2=MU2)),
     "alrc ALRC.reference": wrap_loss_limiter(lambda: ALRC.reference(mu1_start=MU1, mu2_start=MU2)),
     "alrc Norm": ours(rules.Norm(LIMIT)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -298,6 +299,7 @@ def test_nonfinite_losses_are_told() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="the others compile in the default tests")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch compiles with a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # whatever torch's compiler says on its way
 def test_torch_compiles() -> None:
     """Takes minutes: inductor compiles the whole step with a C++ compiler."""

@@ -310,3 +310,39 @@ def test_torch_compiles() -> None:
         model.fit(X, SPIKY, **FIT)
         runs.append(model.model.get_weights())
     assert all(np.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*runs, strict=True))
+
+
+def compiled_gradients() -> tuple[list[Any], list[Any]]:
+    """Return the gradients of some batches, eager and by torch's compiler with its division of the graph."""
+    import torch
+
+    torch.compiler.reset()
+    found: tuple[list[Any], list[Any]] = ([], [])
+    for gradients, is_compiled in zip(found, (False, True), strict=True):
+        model, limit = net(), ALRC(observe=4)
+
+        def mean(x: Any, y: Any, model: Any = model, limit: Any = limit) -> Any:
+            return limit(keras.losses.mean_squared_error(y, model(x, training=True)), training=True).mean()
+
+        call = torch.compile(mean, dynamic=False, backend="aot_eager_decomp_partition") if is_compiled else mean
+        for i in range(8):
+            rows = slice(i % 4 * 16, i % 4 * 16 + 16)
+            model.zero_grad()
+            call(torch.from_numpy(X[rows]), torch.from_numpy(SPIKY[rows])).backward()
+            gradients.append([weight.value.grad.numpy().copy() for weight in model.trainable_variables])
+        assert float(limit.rate.numpy()) > 0, "nothing was limited"
+    return found
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="other compilers keep what is overwritten")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler, of itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_the_backward_pass_of_compiled_torch_knows_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler may compute factors again in the backward pass, when the weights have been overwritten."""
+    eager, compiled = compiled_gradients()
+    for want, got in zip(eager, compiled, strict=True):
+        for one, other in zip(want, got, strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr("alrc.keras.loss.ops.stack", list)  # the copies are the weights themselves
+    with pytest.raises((RuntimeError, AssertionError), match=r"modified by an inplace operation|Not equal"):
+        compiled_gradients()

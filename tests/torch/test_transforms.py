@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -237,3 +238,28 @@ def test_huber_transforms_and_compiles(fresh_compiler: None) -> None:
     torch.testing.assert_close(vmap(grad(huber))(losses), torch.tensor([1, 0.25, 1 / 6]))
     compiled: Any = torch.compile(huber, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(losses), torch.tensor([0.5, 2.0, 3.0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler, of itself
+@pytest.mark.parametrize("losses_of", [torch.exp, torch.square, torch.cosh], ids=["exp", "square", "cosh"])
+def test_the_backward_pass_of_compiled_code_knows_the_state_as_it_was(losses_of: Any) -> None:
+    """A compiler may compute factors again in the backward pass, when the buffers have been overwritten."""
+    torch.compiler.reset()
+    rng = np.random.default_rng(0)
+    stream = rng.normal(0, 0.3, (12, 16)).astype(np.float32)
+    stream[[5, 6], 3], stream[9, :5] = 4, 3
+    modules = ALRC(observe=4), ALRC(observe=4)
+    weights = [torch.ones(16, requires_grad=True) for _ in modules]
+
+    def mean(module: ALRC, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return module(losses_of(weight * x)).mean()
+
+    calls = mean, torch.compile(mean, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    limited = 0
+    for x in torch.from_numpy(stream):
+        for call, module, weight in zip(calls, modules, weights, strict=True):
+            weight.grad = None
+            call(module, weight, x).backward()
+        torch.testing.assert_close(weights[1].grad, weights[0].grad, rtol=1e-5, atol=1e-7)
+        limited += int((modules[0].last.scale < 1).any())
+    assert limited >= 2

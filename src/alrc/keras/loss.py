@@ -159,7 +159,10 @@ class ALRC(Presets, keras.layers.Layer):
         if weight is not None:
             weight = ops.stop_gradient(ops.broadcast_to(ops.cast(weight, wide), ops.shape(losses)))
         state = self._state(wide)
-        decision = self.rule.decide(fixed, state, primitives)
+        # torch.compile may compute the factors again in the backward pass, from weights that have been overwritten
+        # meanwhile. What a stack returns it does not compute again.
+        held = ops.stack([state.mean, state.var, ops.cast(state.count, wide)])
+        decision = self.rule.decide(fixed, state._replace(mean=held[0], var=held[1], count=held[2]), primitives)
         batch = self.rule.measure(fixed, decision, state, primitives, weight)
         add_up = _sum_over_replicas()
         if add_up is not None:

@@ -169,7 +169,7 @@ class ALRC(Presets, Learner):
             raise RuntimeError("sync=True does not work inside torch.compile or torch.func; call this ALRC outside.")
         with torch.no_grad():
             state = self._state(False)
-            decision, batch = self._measure(losses.detach(), mask, weight, state, TRACED)
+            decision, batch = self._measure(losses.detach(), mask, weight, state, TRACED, _held(state))
             if is_compiling and self._followers:
                 self._tell(Seen(losses.detach(), decision.scale, decision.ceiling, mask), state)
             if self._attachment is None:
@@ -238,15 +238,17 @@ class ALRC(Presets, Learner):
         for follower in self._followers:
             follower(seen, state)
 
-    def _measure(self, losses: Any, mask: Any, weight: Any, state: Any, ops: Ops) -> tuple[rules.Decision, Batch]:
-        """Decide about losses and say what they tell."""
+    def _measure(
+        self, losses: Any, mask: Any, weight: Any, state: Any, ops: Ops, held: Any = None
+    ) -> tuple[rules.Decision, Batch]:
+        """Decide about losses, by the state as it is held for that, and say what they tell."""
         if losses.dtype != state.mean.dtype and losses.dtype.itemsize < state.mean.dtype.itemsize:
             losses = losses.to(state.mean.dtype)
         if mask is not None:
             losses = losses.masked_fill(~mask, torch.nan)
         if weight is not None:
             weight = weight.detach().to(losses.dtype).expand(losses.shape)
-        decision = self.rule.decide(losses, state, ops)
+        decision = self.rule.decide(losses, state if held is None else held, ops)
         return decision, self.rule.measure(losses, decision, state, ops, weight)
 
     def _judge(self, losses: Tensor, mask: Any, weight: Any) -> tuple[Tensor, Tensor | None, Callable[[], None] | None]:
@@ -316,6 +318,16 @@ class ALRC(Presets, Learner):
             "mask= if zeros stand for padding.",
             stacklevel=stacklevel,
         )
+
+
+def _held(state: Any) -> Any:
+    """Return the state with copies of what decisions depend on, which a compiler keeps for the backward pass.
+
+    It may compute the factors there again, from buffers that have been overwritten meanwhile. What `stack` returns it
+    does not compute again.
+    """
+    mean, var, count = torch.stack((state.mean, state.var, state.count.to(state.mean.dtype))).unbind()
+    return state._replace(mean=mean, var=var, count=count)
 
 
 def _broadcasts(part: Tensor, losses: Tensor) -> bool:

@@ -32,7 +32,7 @@ def alrc_data() -> Path:
     """Give the folder that ALRC_DATA names, or skip and say why."""
     named = os.environ.get("ALRC_DATA")
     if not named:
-        pytest.skip("needs real data: set ALRC_DATA to a folder that holds cifar-10-batches-bin/")
+        pytest.skip("needs real data: set ALRC_DATA to a folder that holds cifar-10-batches-bin/ and stem/")
     root = Path(named)
     if not root.is_dir():
         pytest.fail(f"ALRC_DATA names {root}, which is not a folder")

@@ -56,7 +56,7 @@ class Rule:
 LAB_SHELL = Rule(("alrc_lab.*", "alrc.*"), None)
 BACKEND = ("alrc", "alrc.ops", "alrc.rules.*", "alrc.moments")
 
-IMPORT_NAMES = {"scikit-image": "skimage"}
+IMPORT_NAMES = {"scikit-image": "skimage", "pillow": "PIL", "rosettasciio": "rsciio"}
 
 # The longest matching prefix decides. "x.__init__" is the package file of x and nothing below it.
 RULES = {
@@ -202,7 +202,7 @@ def size_violations(folders: list[Path]) -> list[str]:
 def declared_packages(project: str, extra: str) -> set[str]:
     """Return the import names of the packages that a pyproject.toml declares for an extra, or "" for the core."""
     table = tomllib.loads(project)["project"]
-    wanted = table["optional-dependencies"][extra] if extra else table["dependencies"]
+    wanted = table["optional-dependencies"].get(extra, []) if extra else table["dependencies"]
     names = {re.split(r"[\s<>=!~;\[]", line)[0] for line in wanted} - {"alrc"}
     return {IMPORT_NAMES.get(name, name).replace("-", "_") for name in names}
 
@@ -211,7 +211,8 @@ def dependency_violations(source: Path, project: str) -> list[str]:
     """List the packages that are imported but not declared, or declared but not imported."""
     found = []
     core = declared_packages(project, "")
-    declared = {"alrc": core, "alrc_lab": core | declared_packages(project, "lab")}
+    lab = declared_packages(project, "lab") | declared_packages(project, "micrographs")
+    declared = {"alrc": core, "alrc_lab": core | lab}
     for package, allowed in declared.items():
         imported = {
             item.module.split(".")[0]

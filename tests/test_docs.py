@@ -30,7 +30,7 @@ DOCUMENTS = sorted(
 
 OPTIONAL = {"torch", "jax", "optax", "flax", "equinox", "keras", "lightning", "transformers", "accelerate"}
 """Frameworks without which a document's other examples still run."""
-LABORATORY = {"matplotlib", "rich", "tyro"}
+LABORATORY = {"abtem", "matplotlib", "rich", "tyro"}
 """Packages that `alrc_lab` needs, as far as they show whether it is installed with what it needs."""
 
 # --------------------------------------------------------------------------------------------------- reading Markdown

@@ -232,7 +232,7 @@ def write_report(folder: Path, *, json: bool = False) -> int:
 
 
 def show_data(*, json: bool = False) -> int:
-    """Show where a data set is looked for, what was found there, and which place would be used.
+    """Show where data sets are looked for, what was found there, and which place would be used.
 
     For example:
 
@@ -241,15 +241,18 @@ def show_data(*, json: bool = False) -> int:
     Args:
         json: Print one JSON document instead of text.
     """
-    places = data_sets.data_status()
     console = open_console(json)
-    for place in places:
-        mark = "→" if place["used"] else " "
-        held = f"{place['images']:,} images, sha256 {place['sha256'][:12]}" if place["images"] else "nothing"
-        say(console, f"{mark} {place['where']:<10} {held}" + (f" · {place['path']}" if place["path"] else ""))
-        for remark in filter(None, (place["note"], place["error"])):
-            say(console, f"    {remark}")
-    return _end(json, {"places": places})
+    found = {"CIFAR-10": data_sets.data_status(), "micrographs": data_sets.micrograph_status()}
+    for name, places in found.items():
+        say(console, name)
+        for place in places:
+            mark = "→" if place["used"] else " "
+            held = "made when first used" if place["where"] == "embedded" else "nothing"
+            held = f"{place['images']:,} images, sha256 {place['sha256'][:12]}" if place["images"] else held
+            say(console, f"{mark} {place['where']:<10} {held}" + (f" · {place['path']}" if place["path"] else ""))
+            for remark in filter(None, (place["note"], place["error"])):
+                say(console, f"    {remark}")
+    return _end(json, {"places": found["CIFAR-10"], "micrographs": found["micrographs"]})
 
 
 def fetch_data(name: Literal["cifar10"], *, json: bool = False) -> int:

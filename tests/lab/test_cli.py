@@ -392,9 +392,10 @@ class TestReportAndData:
             {**lost, "note": "does not exist", "error": None, "used": False},
         ]
         monkeypatch.setattr(commands.data_sets, "data_status", lambda: places)
+        monkeypatch.setattr(commands.data_sets, "micrograph_status", lambda: places[:1])
         assert main(["data", "status"]) == 0
         shown = capsys.readouterr().out
         assert "→ ALRC_DATA  8,068 images, sha256 cdcdcdcdcdcd · /d\n    a part\n" in shown
         assert "  cache      nothing · /c\n    does not exist\n" in shown
         assert main(["data", "status", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out) == {"places": places}
+        assert json.loads(capsys.readouterr().out) == {"places": places, "micrographs": places[:1]}

@@ -231,6 +231,8 @@ class _LateRule(rules.ALRC):
     """Limit after the update instead of before it."""
 
     def decide(self, losses: Any, state: Any, ops: Ops) -> Any:
+        # What decides is a copy of the state in real numbers.
+        state = state._replace(count=keras.ops.cast(state.count, "int32"))
         first = super().decide(losses, state, ops)
         return super().decide(losses, super().update(losses, first, state, ops), ops)
 

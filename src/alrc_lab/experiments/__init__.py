@@ -1,12 +1,16 @@
 """The experiments: each one readable file, from settings over data and model to metrics. Here are only their names."""
 
-EXPERIMENTS = {"cifar10-supersampling": "alrc_lab.experiments.cifar10_supersampling"}
+EXPERIMENTS = {
+    "cifar10-supersampling": "alrc_lab.experiments.cifar10_supersampling",
+    "partial-stem": "alrc_lab.experiments.partial_stem",
+}
 """Name of each experiment on the command line, and its module."""
 
 STUDIES = {"table1": "alrc_lab.experiments.table1"}
 """Name of each study - many runs that answer one question - and its module."""
 
 DESCRIPTIONS = {
+    "partial-stem": "complete micrographs from a twentieth of their pixels, with and without ALRC (paper, section IV)",
     "cifar10-supersampling": "restore images from half their resolution, with and without ALRC (paper, section III)",
     "table1": "does ALRC lower errors where training is unstable, and nowhere else? (paper, Table 1)",
 }

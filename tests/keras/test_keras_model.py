@@ -300,9 +300,10 @@ def test_nonfinite_losses_are_told() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="the others compile in the default tests")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch compiles with a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # whatever torch's compiler says on its way
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler, of itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_torch_compiles() -> None:
-    """Takes minutes: inductor compiles the whole step with a C++ compiler."""
+    """Takes a minute: inductor compiles the whole step with a C++ compiler."""
     runs = []
     for compiled in (False, True):
         model = LimitedModel(net(), ALRC(observe=4))

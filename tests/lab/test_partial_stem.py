@@ -146,7 +146,7 @@ def test_held_out_numbers_are_those_of_the_crops(tiny: Any) -> None:
     config = replace(tiny, held_out_crops=3)
     trainer = make_trainer(config)
     trainer.train_block()
-    found = trainer.evaluate()
+    found = trainer.complete_held_out().summary()
     assert trainer.network.training
     trainer.network.eval()
     mask, inner, outer = scan.spiral_mask(64), [], []

@@ -126,10 +126,14 @@ class MicrographSet:
             part: "test" or "validation".
             most: Largest number of crops; None for all.
         """
+        for index in self.held_out_indices(part, most):
+            yield self.crop(part, index)
+
+    def held_out_indices(self, part: Part = "test", most: int | None = None) -> list[int]:
+        """Return which crops `held_out` yields, by their place in file order."""
         number = self.num_crops(part)
         chosen = number if most is None else min(most, number)
-        for i in range(chosen):
-            yield self.crop(part, i * number // chosen)
+        return [i * number // chosen for i in range(chosen)]
 
     def name_of(self, part: Part, index: int) -> str:
         """Name a crop for people: its image, and its rows and columns."""

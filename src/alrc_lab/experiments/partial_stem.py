@@ -2,39 +2,35 @@
 
 The second experiment of the ALRC paper (Ede & Beanland 2020, section IV): a large network is trained on one micrograph
 at a time, so that hard ones make spikes of the loss. Four conditions: squared errors, the same Huberised, and each with
-ALRC. Read this file top to bottom: configuration, data, one training step, the loop, the held-out evaluation. The
-layers, the networks and the learning policy are in the files `partial_stem_*` beside it.
+ALRC. Read this file top to bottom: configuration, one training step, the loop. Examples, layers, networks, the learning
+policy and what a run ends with are in the files `partial_stem_*` beside it.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alrc.torch import ALRC, Huber
-from alrc_lab.data.scan import COVERAGE, blur, simulate_scan, spiral_mask
+from alrc_lab.data.scan import COVERAGE
 from alrc_lab.data.stem import MicrographSet, load_micrographs
+from alrc_lab.experiments.partial_stem_examples import Stream
 from alrc_lab.experiments.partial_stem_layers import freeze
-from alrc_lab.experiments.partial_stem_networks import NetworkShape, build_network, check_side
+from alrc_lab.experiments.partial_stem_networks import Completion, NetworkShape, build_network, check_side
 from alrc_lab.experiments.partial_stem_policy import (
     CompletionLosses,
     Policy,
     Targets,
     losses_of,
-    rms_error_percent,
     set_rates,
-    targets_of,
 )
+from alrc_lab.experiments.partial_stem_results import HeldOut, collect_held_out, keep_results, summarise
 from alrc_lab.experiments.recorder import Recorder
 
 ENTRY = "alrc_lab.experiments.partial_stem:run"
@@ -110,8 +106,8 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "smoke": Config(64, "eighth-1-1", 100, held_out_crops=20),
-    "stem-96": Config(96, "quarter-3-2", 5_000),
-    "stem-128": Config(128, "quarter-6-3", 10_000),
+    "stem-96": Config(96, "quarter-3-2", 10_000, final_window=1_000, held_out_crops=1_000),
+    "stem-128": Config(128, "quarter-6-3", 20_000, final_window=2_000, held_out_crops=1_000),
     "stem-256": Config(256, "full", 50_000),
     "stem-512-paper": Config(512, "full", 500_000, held_out_crops=20_000),
 }
@@ -136,8 +132,13 @@ def resolve(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def resolve_config(config: Config) -> dict[str, Any]:
     """Fill in every default, ready for JSON."""
-    window = config.final_window or max(1, config.iterations // 20)
+    window = config.final_window or default_window(config)
     return asdict(replace(config, mean_form=shape_of(config).mean_form, final_window=window))
+
+
+def default_window(config: Config) -> int:
+    """Return how many losses at the end make the final ones: a twentieth of the run."""
+    return max(1, config.iterations // 20)
 
 
 def shape_of(config: Config) -> NetworkShape:
@@ -145,71 +146,6 @@ def shape_of(config: Config) -> NetworkShape:
     shape = WIDTHS[config.widths]
     shape = shape.as_code43() if config.variant == "code43" else shape
     return shape if config.mean_form is None else replace(shape, mean_form=config.mean_form)
-
-
-# --- Data: an example depends on the seed and its place in the run, never on what was trained before it. ---
-
-_Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
-
-
-class Examples(NamedTuple):
-    """Hold scans, and what completions of them are compared with."""
-
-    inputs: Tensor
-    """Scan and mask, both in [0, 1], shape (batch, 2, side, side)."""
-    targets: Targets
-
-
-class Stream:
-    """Serve partial scans of training crops in an order that depends on nothing but seed and position.
-
-    A thread makes the next block while the current one is trained on.
-
-    Args:
-        config: Settings of the run.
-        micrographs: Micrographs with crops of `crop_size`.
-    """
-
-    updates_per_block = 16
-
-    def __init__(self, config: Config, micrographs: MicrographSet) -> None:
-        self.config, self.micrographs = config, micrographs
-        self.mask = spiral_mask(config.crop_size, config.coverage)
-        self._worker = ThreadPoolExecutor(1)
-        self._made: dict[int, Future[list[_Pair]]] = {}
-
-    def block(self, index: int) -> Examples:
-        """Return the examples of `updates_per_block` updates, in order, on the device that trains."""
-        stop = min(index + 2, -(-self.config.iterations // self.updates_per_block))
-        self._made = {i: self._made.get(i) or self._worker.submit(self._pairs, i) for i in range(index, stop)}
-        return self._joined(self._made[index].result())
-
-    def held_out(self) -> Iterator[Examples]:
-        """Yield one scan of each held-out crop; their noise is the same for every seed."""
-        wait(self._made.values())  # one thread at a time reads micrographs
-        for index, truth in enumerate(self.micrographs.held_out("test", self.config.held_out_crops)):
-            yield self._joined([self._pair(truth, np.random.default_rng([2, index]))])
-
-    def _pairs(self, index: int) -> list[_Pair]:
-        """Make the examples of a block."""
-        first, pairs = index * self.updates_per_block, list[_Pair]()
-        for position in range(first, first + self.updates_per_block):
-            rng = np.random.default_rng([1, position, self.config.seed])
-            pairs.append(self._pair(self.micrographs.sample(rng), rng))
-        return pairs
-
-    def _pair(self, truth: NDArray[np.float32], rng: np.random.Generator) -> _Pair:
-        """Return the input (2, side, side) and the truth (1, side, side) of a crop."""
-        scan = simulate_scan(truth, blur(truth, renormalise=True), self.mask, rng.random(self.mask.shape))
-        return np.stack([scan, self.mask]), truth[None]
-
-    def _joined(self, pairs: list[_Pair]) -> Examples:
-        """Make a batch on the device."""
-        inputs, truths = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
-        return Examples(inputs.to(self.config.device), targets_of(truths.to(self.config.device)))
-
-
-# --- Training ---
 
 
 def make_limiters(config: Config) -> nn.ModuleDict:
@@ -244,11 +180,14 @@ class Trainer:
         self.step = 0
         self.rows = np.zeros((config.iterations, len(self.measured + self.rates)), np.float32)
 
+    def complete(self, inputs: Tensor) -> Completion:
+        """Complete scans at half and full size, in the precision of the run."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.network(inputs)
+
     def losses_of(self, inputs: Tensor, targets: Targets) -> CompletionLosses:
         """Return both raw losses, before ALRC and Huber, each of shape (batch,)."""
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            completion = self.network(inputs)
-        return losses_of(completion, targets)
+        return losses_of(self.complete(inputs), targets)
 
     def limit(self, losses: CompletionLosses) -> CompletionLosses:
         """Return what is minimised: each loss limited by its own ALRC, then Huberised."""
@@ -311,20 +250,12 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.rows = state["step"], state["rows"].cpu().numpy()
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Complete scans of held-out crops: the same scans whatever the seed.
-
-        Returns:
-            Mean raw losses `held_out_inner` and `held_out_outer`; `held_out_rms_percent`, the mean over crops of the
-            root mean squared error of intensity, in percent of the full range; `held_out_crops`, their number.
-        """
+    def complete_held_out(self) -> HeldOut:
+        """Complete scans of held-out crops: the same scans whatever the seed."""
         self.network.eval()
-        losses = torch.stack([torch.stack(self.losses_of(*examples)) for examples in self.stream.held_out()])
+        found = collect_held_out(self.complete, self.stream.held_out())
         self.network.train()
-        inner, outer = losses[..., 0].double().cpu().unbind(1)
-        means = {"held_out_inner": inner, "held_out_outer": outer, "held_out_rms_percent": rms_error_percent(outer)}
-        return {**{name: float(found.mean()) for name, found in means.items()}, "held_out_crops": len(losses)}
+        return found
 
 
 def is_diverged(losses: np.ndarray, bound: float) -> bool:
@@ -351,9 +282,9 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         recorder: Where rows, checkpoints and progress go; its `inputs` name the data.
 
     Returns:
-        `diverged_at`, the update at which training was lost or none, and `summary`: mean raw losses of the final window
-        `final_inner` and `final_outer` (NaN if diverged), `max_*`, `fraction_limited_*`, `steps`, and unless diverged
-        what `Trainer.evaluate` returns.
+        `diverged_at`, the update at which training was lost or none, and `summary`: what `summarise` says of the
+        losses, and unless diverged what `HeldOut.summary` says of held-out crops. Unless diverged it keeps pictures of
+        some of these, the weights, and a card that describes them.
     """
     settings = Config(**config)
     trainer = Trainer(settings, load_images(settings, recorder.inputs))
@@ -370,13 +301,13 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         if diverged_at is None and trainer.step < settings.iterations and recorder.is_checkpoint_due():
             recorder.checkpoint(trainer.step, trainer.save)
     rows = trainer.rows[: trainer.step].astype(np.float64)
-    window = settings.final_window or max(1, settings.iterations // 20)
-    summary: dict[str, float] = {"steps": trainer.step}
-    for name, losses, limited in zip(("inner", "outer"), rows.T[:2], rows.T[4:6], strict=True):
-        summary[f"final_{name}"] = math.nan if diverged_at is not None else float(losses[-window:].mean())
-        summary[f"max_{name}"] = float(losses[np.isfinite(losses)].max(initial=0.0))
-        summary[f"fraction_limited_{name}"] = float(limited.mean())
-    return {"diverged_at": diverged_at, "summary": summary | ({} if diverged_at is not None else trainer.evaluate())}
+    summary = summarise(rows, settings.final_window or default_window(settings), diverged_at is not None)
+    if diverged_at is None:
+        held_out = trainer.complete_held_out()
+        summary |= held_out.summary()
+        description = {"config": config, "data": recorder.inputs, "summary": summary, "step": trainer.step}
+        keep_results(recorder, trainer.network, held_out, description)
+    return {"diverged_at": diverged_at, "summary": summary}
 
 
 def measure_step_s(config: Config, micrographs: MicrographSet, budget_s: float = 1.0) -> float:

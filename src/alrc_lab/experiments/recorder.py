@@ -36,6 +36,10 @@ class Recorder(Protocol):
         """Keep the state after update `step`, with `save` writing it to the path it is given; log rows before."""
         ...
 
+    def keep(self, name: str, save: Callable[[Path], object]) -> None:
+        """Keep a file of that name beside the run's numbers, with `save` writing it to the path it is given."""
+        ...
+
     def progress(self, step: int, total: int) -> None:
         """Tell how far the run is; cheap enough to call after every update."""
         ...
@@ -106,6 +110,12 @@ class MemoryRecorder:
         save(draft)
         draft.replace(self._folder / f"step-{step:09d}.ckpt")
         self._checkpointed = time.monotonic()
+
+    def keep(self, name: str, save: Callable[[Path], object]) -> None:
+        """Let `save` write a file of that name into the folder; without a folder nothing is kept."""
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save(self._folder / name)
 
     def progress(self, step: int, total: int) -> None:
         """Remember how far the run is."""

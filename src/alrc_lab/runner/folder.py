@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 SCHEMA = 1
 CONFIG, ENV, PROGRESS, FAILURE, RESULT = "config.json", "env.json", "progress.json", "failure.json", "result.json"
 METRICS, CHECKPOINTS, LATEST, LOCK, LOG = "metrics.arrows", "checkpoint", "latest.json", "run.lock", "log.txt"
+OWN_FILES = (CONFIG, ENV, PROGRESS, FAILURE, RESULT, METRICS, CHECKPOINTS, LOCK, LOG)
+DRAFT = ".draft-"
 
 State = Literal["pending", "running", "interrupted", "failed", "finished", "diverged"]
 
@@ -228,9 +230,9 @@ def write_json(path: Path, document: dict[str, Any], *, durable: bool = True) ->
 
 
 def remove_drafts(folder: Path) -> None:
-    """Delete what attempts that were killed in the middle of `write_json` left behind; needs the run's lock."""
-    for name in (ENV, PROGRESS, FAILURE, RESULT):
-        for draft in folder.glob(f".{name}.*"):
+    """Delete what attempts that were killed in the middle of writing a file left behind; needs the run's lock."""
+    for pattern in (f"{DRAFT}*", *(f".{name}.*" for name in (ENV, PROGRESS, FAILURE, RESULT))):
+        for draft in folder.glob(pattern):
             draft.unlink(missing_ok=True)
 
 

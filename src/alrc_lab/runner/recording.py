@@ -18,8 +18,10 @@ import pyarrow as pa
 
 from alrc_lab.runner.folder import (
     CHECKPOINTS,
+    DRAFT,
     LATEST,
     METRICS,
+    OWN_FILES,
     PROGRESS,
     now,
     plain_errors,
@@ -247,16 +249,8 @@ class FolderRecorder:
         folder = self._folder / CHECKPOINTS
         with plain_errors(folder):
             folder.mkdir(exist_ok=True)
-        draft, path = folder / "draft", folder / f"step-{step:09d}.ckpt"
-        draft.unlink(missing_ok=True)
-        save(draft)
-        if not draft.is_file():
-            raise ValueError(f"save() must write to exactly {draft}; does it append a suffix of its own?")
-        with plain_errors(path):
-            with draft.open("r+b") as file:
-                os.fsync(file.fileno())
-            draft.replace(path)
-            sync_folder(folder)
+        path = folder / f"step-{step:09d}.ckpt"
+        _write_whole(path, folder / "draft", save)
         latest = {"step": step, "file": path.name, "metrics_bytes": metrics.length, "wall_s": round(self.wall_s, 3)}
         write_json(folder / LATEST, latest)
         for other in folder.iterdir():
@@ -264,6 +258,22 @@ class FolderRecorder:
                 other.unlink()
         self.steps = max(self.steps, step)
         self._checkpointed = time.monotonic()
+
+    def keep(self, name: str, save: Callable[[Path], object]) -> None:
+        """Keep a file beside the run's numbers, such as trained weights; a file of that name is replaced.
+
+        Args:
+            name: Name of the file, none of those that a run folder has by itself.
+            save: Writes the file to exactly the path it is given.
+
+        Raises:
+            ValueError: If the name is a path or taken, or `save` wrote nothing.
+        """
+        if Path(name).name != name or name.startswith(".") or name in OWN_FILES:
+            raise ValueError(f"keep() needs the plain name of a file, other than {', '.join(OWN_FILES)}; got {name!r}")
+        _write_whole(
+            self._folder / name, self._folder / f"{DRAFT}{name}", save
+        )  # the suffix stays: some savers need it
 
     def progress(self, step: int, total: int) -> None:
         """Tell how far the run is; call it as often as you like, it writes at most twice a second.
@@ -301,6 +311,19 @@ class FolderRecorder:
         if self._metrics is None:
             self._metrics = MetricsWriter(self._folder / METRICS)
         return self._metrics
+
+
+def _write_whole(path: Path, draft: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a draft, and give it its name once all of it is on the disk."""
+    draft.unlink(missing_ok=True)
+    save(draft)
+    if not draft.is_file():
+        raise ValueError(f"save() must write to exactly {draft}; does it append a suffix of its own?")
+    with plain_errors(path):
+        with draft.open("r+b") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync_folder(path.parent)
 
 
 def _whole_batches(stream: bytes) -> tuple[pa.Schema | None, list[pa.RecordBatch]]:

@@ -86,7 +86,9 @@ RULES = {
     "alrc_lab.experiments.__init__": Rule(packages=frozenset()),
     "alrc_lab.experiments.recorder": Rule(),
     "alrc_lab.experiments": Rule(
-        ("alrc_lab.experiments.*", "alrc_lab.data.*", "alrc.*"), frozenset({"numpy", "scipy", "torch", "jax", "keras"})
+        ("alrc_lab.experiments.*", "alrc_lab.data.*", "alrc.*"),
+        frozenset({"numpy", "scipy", "torch", "jax", "keras"}),
+        lazy=frozenset({"safetensors", "skimage", "statsmodels"}),
     ),
     "alrc_lab.runner": Rule(("alrc_lab.runner.*",), None, lazy=frozenset({"torch"})),
     "alrc_lab.report": Rule(("alrc_lab.report.*",), None),

@@ -38,6 +38,9 @@ Exit codes:
 OURS = frozenset({"alrc", "alrc_lab"})
 ASK = frozenset({"-h", "--help"})
 
+BOUND = frozenset({"run", "describe"})
+"""Commands whose flags are the settings of an experiment."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -88,23 +91,38 @@ def _dispatch(words: list[str]) -> int:
         tyro.conf.FlagCreatePairsOff,
         tyro.conf.DisallowNone,
     )
-    if name == "run":
+    if name in BOUND:
         if not flags or flags[0] in ASK:
-            print(f"usage: alrc run EXPERIMENT [options]\n\n{about}\n\n{_experiments()}")
+            print(f"usage: alrc {name} EXPERIMENT [--preset NAME] [options]\n\n{about}\n\n{_experiments()}")
             return 0 if flags else 2
-        command, name, flags = _bind_experiment(flags[0]), f"run {flags[0]}", flags[1:]
-        marks = (tyro.conf.OmitArgPrefixes,)
+        command, name, flags = _bind_experiment(name, flags[0], flags[1:])
+        marks = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     return tyro.cli(command, prog=f"alrc {name}", description=about, args=flags, config=marks)
 
 
-def _bind_experiment(name: str) -> Callable[..., int]:
-    """Make a command whose flags are the fields of an experiment's Config."""
-    from alrc_lab.commands import load_named, run_experiment
+def _bind_experiment(name: str, experiment_name: str, flags: list[str]) -> tuple[Callable[..., int], str, list[str]]:
+    """Make a command whose flags are the fields of an experiment's Config, with a preset's defaults if one is named.
+
+    Returns:
+        The command, its name, and the flags that are left.
+    """
+    from alrc_lab.commands import COMMANDS, load_named
     from alrc_lab.experiments import EXPERIMENTS
 
-    experiment = load_named(EXPERIMENTS, name, "experiment")
+    experiment = load_named(EXPERIMENTS, experiment_name, "experiment")
+    presets = getattr(experiment, "PRESETS", {})
+    default, name_here, rest = experiment.Config(), f"{name} {experiment_name}", flags
+    flag, equals, preset = flags[0].partition("=") if flags else ("", "", "")
+    if flag == "--preset":
+        preset, rest = (preset, flags[1:]) if equals else (" ".join(flags[1:2]), flags[2:])
+        if preset not in presets:
+            known = f"it has {', '.join(presets)}" if presets else "it has none; name its settings one by one"
+            raise ValueError(f"{experiment_name} has no preset '{preset}'; {known}")
+        default, name_here = presets[preset], f"{name_here} --preset {preset}"
+    elif any(word.partition("=")[0] == "--preset" for word in flags):
+        raise ValueError(f"--preset comes first: alrc {name} {experiment_name} --preset NAME [options]")
 
-    def command(config: Any, *, out: Path = Path("results"), json: bool = False) -> int:
+    def run(config: Any = default, *, out: Path = Path("results"), json: bool = False) -> int:
         """Run the experiment.
 
         Args:
@@ -112,10 +130,20 @@ def _bind_experiment(name: str) -> Callable[..., int]:
             out: Folder to hold runs/NAME-HASH.
             json: Print one JSON document instead of text; progress goes to standard error.
         """
-        return run_experiment(experiment, config, out=out, json=json)
+        return COMMANDS["run"](experiment, config, out=out, json=json)
 
+    def describe(config: Any = default, *, json: bool = False) -> int:
+        """Show what the experiment would train.
+
+        Args:
+            config: Settings of the experiment.
+            json: Print one JSON document instead of text.
+        """
+        return COMMANDS["describe"](experiment, config, json=json)
+
+    command = {"run": run, "describe": describe}[name]
     command.__annotations__["config"] = experiment.Config
-    return command
+    return command, name_here, rest
 
 
 def _experiments() -> str:
@@ -123,7 +151,7 @@ def _experiments() -> str:
     from alrc_lab.experiments import DESCRIPTIONS, EXPERIMENTS
 
     lines = [f"  {name:<24} {DESCRIPTIONS.get(name, '')}" for name in EXPERIMENTS]
-    return "\n".join(["Experiments (alrc run EXPERIMENT --help explains the flags of one):", *lines])
+    return "\n".join(["Experiments (add --help for the flags and presets of one):", *lines])
 
 
 def _about(command: Callable[..., int]) -> str:

@@ -7,8 +7,6 @@ and telling errors is cli.py's business, how things look is live.py's.
 from __future__ import annotations
 
 import importlib
-import json as jsonlib
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +23,8 @@ from alrc_lab.live import (
     cells_table,
     data_line,
     duration,
+    finish,
+    layers_table,
     open_console,
     outcome,
     say,
@@ -62,7 +62,7 @@ def list_experiments(*, json: bool = False) -> int:
         say(console, f"  {study['name']:<24} {study['description']}")
         for preset, description in study["presets"].items():
             say(console, f"    {preset:<22} {description}")
-    return _end(json, document)
+    return finish(json, document)
 
 
 def run_experiment(experiment: ModuleType, config: Any, *, out: Path, json: bool = False) -> int:
@@ -96,7 +96,31 @@ def run_experiment(experiment: ModuleType, config: Any, *, out: Path, json: bool
         say(console, f"  {key}: {'not finite' if number is None else format(number, '.6g')}")
     say(console, outcome(state))
     say(console, f"run folder: {folder}")
-    return _end(json, {**state.to_json(), "folder": str(folder), "data": inputs}, int(state.state == "failed"))
+    return finish(json, {**state.to_json(), "folder": str(folder), "data": inputs}, int(state.state == "failed"))
+
+
+def describe_experiment(experiment: ModuleType, config: Any, *, json: bool = False) -> int:
+    """Show the layers that an experiment would train, their parameters and their cost; trains nothing.
+
+    For example:
+
+        alrc describe partial-stem --variant code43
+
+    Args:
+        experiment: Module with `layers_of`.
+        config: Its settings.
+        json: Print one JSON document instead of text.
+    """
+    if not hasattr(experiment, "layers_of"):
+        name = experiment.__name__.rpartition(".")[2].replace("_", "-")
+        raise ValueError(f"{name} has no table of layers; docs/experiments.md describes its network")
+    layers = experiment.layers_of(config)
+    console = open_console(json)
+    console.print(layers_table(layers))
+    total = sum(layer["copies"] * layer["parameters"] for layer in layers)
+    gmac = sum(layer["copies"] * layer["mmac"] for layer in layers) / 1e3
+    say(console, f"{total:,} parameters; {gmac:.2f} billion multiplications with an addition, forward, for one example")
+    return finish(json, {"layers": layers, "parameters": total, "gmac": gmac})
 
 
 def sweep_study(
@@ -154,7 +178,7 @@ def sweep_study(
     document |= _announce(console, plan, waiting, workers, threads)
     if dry_run:
         say(console, "dry run: nothing was started and nothing written")
-        return _end(json, document | {"dry_run": True})
+        return finish(json, document | {"dry_run": True})
 
     view = RunsView(console, states, workers)
     interrupted = False
@@ -170,13 +194,13 @@ def sweep_study(
     document |= {"runs": [state.to_json() for state in states]}
     if interrupted:
         say(console, f"interrupted: {done} of {len(states)} runs are done; repeat the command to go on")
-        return _end(json, document, 130)
+        return finish(json, document, 130)
     for state in failed:
         say(console, f"failed: {state.name}: {state.message} ({state.folder / 'failure.json'} has more)")
     others = len(states) - done - len(failed)
     elsewhere = f", {others} held by another process" if others else ""
     say(console, f"{done} of {len(states)} runs are done, {len(failed)} failed{elsewhere}")
-    return _end(json, document | _report(console, root), int(done < len(states)))
+    return finish(json, document | _report(console, root), int(done < len(states)))
 
 
 def show_status(folder: Path, *, json: bool = False) -> int:
@@ -195,7 +219,9 @@ def show_status(folder: Path, *, json: bool = False) -> int:
     if (folder / "config.json").exists():
         members = [folder]
     elif (folder / "study.json").exists():
-        members = [folder / run["folder"] for run in runner.read_study(folder)["runs"]]
+        study = runner.read_study(folder)
+        references = [study["references"]] if "references" in study else []
+        members = [folder / run["folder"] for run in references + study["runs"]]
     else:
         members = sorted(path.parent for path in folder.glob("runs/*/config.json"))
     if not members:
@@ -210,7 +236,7 @@ def show_status(folder: Path, *, json: bool = False) -> int:
     if others:
         say(console, f"warning: {len(others)} done run(s) were made by other code than this ({here}): {others[0]} …")
     document = {"folder": str(folder), "counts": counts, "runs": [state.to_json() for state in states]}
-    return _end(json, document | {"code_version": here, "made_by_other_code": others}, 1 if "failed" in counts else 0)
+    return finish(json, document | {"code_version": here, "made_by_other_code": others}, 1 if "failed" in counts else 0)
 
 
 def write_report(folder: Path, *, json: bool = False) -> int:
@@ -228,7 +254,7 @@ def write_report(folder: Path, *, json: bool = False) -> int:
     """
     if not (folder / "study.json").is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a study: it has no study.json")
-    return _end(json, _report(open_console(json), folder))
+    return finish(json, _report(open_console(json), folder))
 
 
 def show_data(*, json: bool = False) -> int:
@@ -252,7 +278,7 @@ def show_data(*, json: bool = False) -> int:
             say(console, f"{mark} {place['where']:<10} {held}" + (f" · {place['path']}" if place["path"] else ""))
             for remark in filter(None, (place["note"], place["error"])):
                 say(console, f"    {remark}")
-    return _end(json, {"places": found["CIFAR-10"], "micrographs": found["micrographs"]})
+    return finish(json, {"places": found["CIFAR-10"], "micrographs": found["micrographs"]})
 
 
 def fetch_data(name: Literal["cifar10"], *, json: bool = False) -> int:
@@ -271,11 +297,12 @@ def fetch_data(name: Literal["cifar10"], *, json: bool = False) -> int:
         path = data_sets.fetch_cifar10(on_progress=view.update, on_message=lambda line: say(console, line))
     found = data_sets.load_cifar10(path)
     say(console, f"{name}: {found.summary()}")
-    return _end(json, {"name": name, "path": str(path), "data": found.describe()})
+    return finish(json, {"name": name, "path": str(path), "data": found.describe()})
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "list": list_experiments,
+    "describe": describe_experiment,
     "run": run_experiment,
     "sweep": sweep_study,
     "status": show_status,
@@ -306,11 +333,14 @@ def load_named(registry: Mapping[str, str], name: str, kind: str) -> ModuleType:
 
 def _prepare_runs(plan: Any, specs: list[runner.RunSpec], root: Path) -> list[Path]:
     """Write study.json, which refuses a folder that holds something else, and then make the run folders."""
-    members = [
-        {"folder": f"runs/{spec.folder_name}", "cell": run["cell"], "seed": run["seed"]}
-        for spec, run in zip(specs, plan.runs, strict=True)
-    ]
-    runner.write_study(root, {**plan.study, "runs": members})
+    study = {**plan.study, "runs": []}
+    for spec, run in zip(specs, plan.runs, strict=True):
+        folder = f"runs/{spec.folder_name}"
+        if run["cell"] is None:
+            study["references"] = {**study["references"], "folder": folder}
+        else:
+            study["runs"].append({"folder": folder, "cell": run["cell"], "seed": run["seed"]})
+    runner.write_study(root, study)
     return [runner.prepare(spec, root) for spec in specs]
 
 
@@ -358,21 +388,3 @@ def _share_cores(executor: str, workers: int | None) -> tuple[int, int]:
     cores = runner.available_cores()
     at_once = 1 if executor == "inline" else workers or cores
     return at_once, max(cores // at_once, 1)
-
-
-def _end(json: bool, document: dict[str, Any], code: int = 0) -> int:
-    """Print the JSON document if asked for, and return the exit code."""
-    if json:
-        print(jsonlib.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
-    return code
-
-
-def _plain(value: Any) -> Any:
-    """Turn a value into what JSON can say: no NaN or infinity (null instead), no paths, no tuples."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(member) for member in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

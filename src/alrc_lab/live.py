@@ -6,9 +6,12 @@ starts no run. It must not import a framework.
 
 from __future__ import annotations
 
+import json as jsonlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,6 +51,24 @@ def say(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
+def finish(json: bool, document: dict[str, Any], code: int = 0) -> int:
+    """Print the JSON document if asked for, and return the exit code."""
+    if json:
+        print(jsonlib.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+    return code
+
+
+def _plain(value: Any) -> Any:
+    """Turn a value into what JSON can say: no NaN or infinity (null instead), no paths, no tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(member) for member in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
 def data_line(data: Mapping[str, Any]) -> str:
     """Name a data set, its size, its checksum and where it came from.
 
@@ -71,6 +92,30 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     table.columns[-1].justify = "right"
     for cell in cells:
         table.add_row(*(str(cell[key]) for key in ("panel", "row", "column", "runs")))
+    return table
+
+
+def layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """Lay out layers with their sizes, parameters and cost.
+
+    Args:
+        layers: `name`, `op`, `kernel`, `stride`, `channels_in`, `channels_out`, `side_in`, `side_out`, `copies`,
+            `parameters` and `mmac` of each.
+    """
+    table = Table("layer", "op", "kernel, stride", box=None, pad_edge=False)
+    for name in ("channels", "side", "copies", "parameters", "MMAC"):
+        table.add_column(name, justify="right")
+    for layer in layers:
+        table.add_row(
+            layer["name"],
+            layer["op"],
+            f"{layer['kernel']}, {layer['stride']}",
+            f"{layer['channels_in']}→{layer['channels_out']}",
+            f"{layer['side_in']}→{layer['side_out']}",
+            str(layer["copies"]),
+            f"{layer['parameters']:,}",
+            f"{layer['mmac']:,.1f}",
+        )
     return table
 
 

@@ -16,6 +16,7 @@ import counting_experiment as counting
 from alrc_lab import runner
 from alrc_lab.experiments.recorder import MemoryRecorder, Recorder
 from alrc_lab.runner import FolderRecorder, MetricsWriter, recording
+from alrc_lab.runner.folder import remove_drafts
 from counting_experiment import INPUTS, files, prepared, read
 
 
@@ -324,3 +325,42 @@ def test_an_experiment_can_be_called_as_a_function(tmp_path):
     assert second.columns["step"].tolist() == list(range(33, 61))
     with pytest.raises(ValueError, match="one length"):
         recorder.log({"step": np.array([61]), "x": np.ones(2)})
+
+
+# --- files that stay --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [lambda folder: FolderRecorder(folder, INPUTS), lambda folder: MemoryRecorder(INPUTS, folder)]
+)
+def test_kept_files_stay_and_are_replaced(tmp_path, make) -> None:
+    recorder = make(tmp_path)
+    for text in ("first", "second"):
+        recorder.keep("weights.bin", lambda path, text=text: path.write_text(text))
+    assert (tmp_path / "weights.bin").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.bin"]
+
+
+def test_a_kept_file_is_whole_or_not_there(tmp_path) -> None:
+    recorder = FolderRecorder(tmp_path, INPUTS)
+
+    def breaks(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError("no space")
+
+    with pytest.raises(RuntimeError, match="no space"):
+        recorder.keep("weights.bin", breaks)
+    assert not (tmp_path / "weights.bin").exists()
+    remove_drafts(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["result.json", "a/b", "../x", ".hidden", "checkpoint"])
+def test_names_that_are_not_free_are_refused(tmp_path, name) -> None:
+    with pytest.raises(ValueError, match="plain name of a file"):
+        FolderRecorder(tmp_path, INPUTS).keep(name, lambda path: path.write_text("x"))
+
+
+def test_a_saver_that_writes_elsewhere_is_told(tmp_path) -> None:
+    with pytest.raises(ValueError, match="must write to exactly"):
+        FolderRecorder(tmp_path, INPUTS).keep("a.npz", lambda path: None)

@@ -6,11 +6,14 @@ EXPERIMENTS = {
 }
 """Name of each experiment on the command line, and its module."""
 
-STUDIES = {"table1": "alrc_lab.experiments.table1"}
+STUDIES = {
+    "table1": "alrc_lab.experiments.table1",
+    "partial-stem": "alrc_lab.experiments.partial_stem_study",
+}
 """Name of each study - many runs that answer one question - and its module."""
 
 DESCRIPTIONS = {
-    "partial-stem": "complete micrographs from a twentieth of their pixels, with and without ALRC (paper, section IV)",
+    "partial-stem": "complete micrographs from a twentieth of their pixels: does ALRC help? (paper, section IV)",
     "cifar10-supersampling": "restore images from half their resolution, with and without ALRC (paper, section III)",
     "table1": "does ALRC lower errors where training is unstable, and nowhere else? (paper, Table 1)",
 }
@@ -22,6 +25,13 @@ PRESETS = {
         "quick": "minutes on two cores: batch 1, an eighth of the width, enough updates and seeds to see the effect",
         "variants": "minutes: like quick with 8 seeds, ALRC's default rule beside the authors' library, n = 3",
         "paper": "the published protocol: 31 cells, 10 seeds, 100,000 iterations each at full width",
-    }
+    },
+    "partial-stem": {
+        "smoke": "seconds: four conditions of two tiny runs, to see that everything works; the numbers mean nothing",
+        "quick": "an hour and a half on two cores: crops of 96, a quarter of the width, 10,000 updates, 5 seeds",
+        "stem-128": "a night on two cores: crops of 128, all blocks at a quarter of the width, 20,000 updates, 5 seeds",
+        "stem-256": "for a GPU: crops of 256, full width, 50,000 updates, 5 seeds",
+        "paper": "for GPUs: crops of 512, full width, the published 500,000 updates, 5 seeds",
+    },
 }
 """Sizes of each study, and what each costs."""

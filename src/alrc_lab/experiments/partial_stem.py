@@ -22,7 +22,13 @@ from alrc_lab.data.scan import COVERAGE
 from alrc_lab.data.stem import MicrographSet, load_micrographs
 from alrc_lab.experiments.partial_stem_examples import Stream
 from alrc_lab.experiments.partial_stem_layers import freeze
-from alrc_lab.experiments.partial_stem_networks import Completion, NetworkShape, build_network, check_side
+from alrc_lab.experiments.partial_stem_networks import (
+    Completion,
+    NetworkShape,
+    build_network,
+    check_side,
+    layer_table,
+)
 from alrc_lab.experiments.partial_stem_policy import (
     CompletionLosses,
     Policy,
@@ -139,6 +145,11 @@ def resolve_config(config: Config) -> dict[str, Any]:
 def default_window(config: Config) -> int:
     """Return how many losses at the end make the final ones: a twentieth of the run."""
     return max(1, config.iterations // 20)
+
+
+def layers_of(config: Config) -> list[dict[str, Any]]:
+    """List the layers that a configuration trains, ready for JSON; fields as in `LayerRow`."""
+    return [row._asdict() for row in layer_table(shape_of(config), config.crop_size)]
 
 
 def shape_of(config: Config) -> NetworkShape:

@@ -103,16 +103,12 @@ class Stream:
         """Return the examples of `updates_per_block` updates, in order, on the device that trains."""
         stop = min(index + 2, -(-self.config.iterations // self.updates_per_block))
         self._made = {i: self._made.get(i) or self._worker.submit(self._pairs, i) for i in range(index, stop)}
-        return self._joined(self._made[index].result())
+        return join(self._made[index].result(), self.config.device)
 
     def held_out(self) -> Iterator[HeldOutExample]:
-        """Yield one scan of each held-out crop; their noise is the same for every seed."""
+        """Yield the scans of `held_out_examples`."""
         wait(self._made.values())  # one thread at a time reads micrographs
-        indices = self.micrographs.held_out_indices("test", self.config.held_out_crops)
-        shown = {i * len(indices) // SHOWN for i in range(SHOWN)}
-        for i, index in enumerate(indices):
-            pair = make_pair(self.micrographs.crop("test", index), self.mask, np.random.default_rng([2, i]))
-            yield HeldOutExample(self.micrographs.name_of("test", index), i in shown, self._joined([pair]))
+        return held_out_examples(self.micrographs, self.mask, self.config.held_out_crops, self.config.device)
 
     def _pairs(self, index: int) -> list[Pair]:
         """Make the examples of a block."""
@@ -122,10 +118,29 @@ class Stream:
             pairs.append(make_pair(self.micrographs.sample(rng), self.mask, rng))
         return pairs
 
-    def _joined(self, pairs: list[Pair]) -> Examples:
-        """Make a batch on the device."""
-        inputs, truths = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
-        return Examples(inputs.to(self.config.device), targets_of(truths.to(self.config.device)))
+
+def held_out_examples(
+    micrographs: MicrographSet, mask: NDArray[np.float32], most: int, device: str = "cpu"
+) -> Iterator[HeldOutExample]:
+    """Yield one scan of each held-out crop; the same noise for everybody who completes it.
+
+    Args:
+        micrographs: Micrographs with crops of the mask's size.
+        mask: Dwell times in [0, 1], shape (side, side).
+        most: Largest number of crops, spread evenly over all.
+        device: Where tensors go.
+    """
+    indices = micrographs.held_out_indices("test", most)
+    shown = {i * len(indices) // SHOWN for i in range(SHOWN)}
+    for i, index in enumerate(indices):
+        pair = make_pair(micrographs.crop("test", index), mask, np.random.default_rng([2, i]))
+        yield HeldOutExample(micrographs.name_of("test", index), i in shown, join([pair], device))
+
+
+def join(pairs: list[Pair], device: str) -> Examples:
+    """Make a batch on a device."""
+    inputs, truths = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+    return Examples(inputs.to(device), targets_of(truths.to(device)))
 
 
 def make_pair(truth: NDArray[np.float32], mask: NDArray[np.float32], rng: np.random.Generator) -> Pair:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from alrc_lab import experiments
 from alrc_lab.data import load_cifar10
 from alrc_lab.experiments import cifar10_supersampling as supersampling
 from alrc_lab.experiments.cifar10_supersampling import Config
+from alrc_lab.experiments.plan import Cost, Plan
 
 PRESETS = experiments.PRESETS["table1"]
 """Presets and what each costs."""
@@ -97,56 +99,19 @@ def _preset(name: str) -> _Preset:
     raise ValueError(f"table1 has no preset {name!r}; choose one of {', '.join(PRESETS)}.")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Say how long a study takes on this machine."""
-
-    seconds: float
-    """Wall-clock seconds for all runs, none of them done."""
-    detail: list[str]
-    """One line for each shape of run that was timed."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Hold everything about a study that is known before it starts."""
-
-    study: dict[str, Any]
-    """Content of study.json, without the runs' folders."""
-    runs: list[dict[str, Any]]
-    """`entry`, `config`, `inputs`, `excluded`, `name`, `cell` and `seed` of every run."""
-    default_out: str
-    """Folder to use when none is named."""
-
-    def estimate(self, workers: int, threads: int) -> Estimate:
-        """Time a few updates of each shape of run, and add up.
-
-        Args:
-            workers: Runs at once.
-            threads: Threads of each.
-
-        Returns:
-            The estimate, made with `threads` threads and nothing else running.
-        """
-        import torch
-
-        shapes: Counter[Config] = Counter()
-        for run in self.runs:
-            config = Config(**run["config"])
-            shape = replace(config, error="squared", num_stddev=3.0, seed=0, drop_at=None, iterations=1, final_window=1)
-            shapes[shape] += config.iterations
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            measured = {shape: supersampling.measure_step_s(shape) for shape in shapes}
-        finally:
-            torch.set_num_threads(before)
-        detail = [
-            f"width {shape.width}, batch {shape.batch_size}, {shape.precision}: {1e3 * measured[shape]:.1f} ms an "
-            f"update on {threads} thread{'s' if threads > 1 else ''} × {updates:,} updates"
-            for shape, updates in shapes.items()
-        ]
-        return Estimate(sum(measured[shape] * updates for shape, updates in shapes.items()) / workers, detail)
+def _measure(runs: Sequence[dict[str, Any]]) -> list[Cost]:
+    """Time a few updates of each shape of run."""
+    shapes: Counter[Config] = Counter()
+    for run in runs:
+        config = Config(**run["config"])
+        shape = replace(config, error="squared", num_stddev=3.0, seed=0, drop_at=None, iterations=1, final_window=1)
+        shapes[shape] += config.iterations
+    costs = list[Cost]()
+    for shape, updates in shapes.items():
+        step_s = supersampling.measure_step_s(shape)
+        what = f"width {shape.width}, batch {shape.batch_size}, {shape.precision}"
+        costs.append(Cost(f"{what}: {1e3 * step_s:.1f} ms an update × {updates:,} updates", step_s * updates))
+    return costs
 
 
 def _differences(config: Config, preset: _Preset, description: dict[str, Any]) -> list[str]:
@@ -257,7 +222,7 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
             *notes,
         ],
     }
-    return Plan(study, runs, f"results/table1-{preset}-{description['slug']}")
+    return Plan(study, runs, f"results/table1-{preset}-{description['slug']}", _measure)
 
 
 def _configure(base: Config, arm: Arm, seed: int, data: str | None) -> Config:

@@ -307,6 +307,25 @@ def test_alrc_comes_before_huber(tiny: Any) -> None:
     assert gradient_error(Swapped(config, micrographs)) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    [
+        ("alrc", {"start": (25.0, 900.0), "betas": (0.999, 0.999), "feed": "limited", "eps": 1e-8}),
+        ("paper", {"start": (25.0, 900.0), "betas": (0.999, 0.999), "feed": "unlimited", "second_moment": "mean"}),
+        ("auto", {"start": "auto"}),
+    ],
+)
+def test_each_limit_is_the_rule_of_its_name(tiny: Any, limit: Any, settings: dict[str, Any]) -> None:
+    losses = np.random.default_rng(0).exponential(30.0, 200)
+    traces = {name: alrc_trace(losses, **case) for name, case in (("own", settings), ("none", {"start": (1e6, 1e13)}))}
+    limiters = experiment.make_limiters(replace(tiny, limit=limit))
+    limited = [float(limiters["outer"](torch.tensor([loss], dtype=torch.float64))[0]) for loss in losses]
+    expected = {name: [float(each) for each in trace.limited] for name, trace in traces.items()}
+    np.testing.assert_allclose(limited, expected["own"], rtol=1e-4)
+    assert not np.allclose(limited, expected["none"], rtol=1e-4)
+    assert limiters["inner"] is not limiters["outer"]
+
+
 @pytest.mark.parametrize("variant", ["paper", "code43"])
 def test_variants(tiny: Any, variant: Any) -> None:
     trainer = make_trainer(replace(tiny, variant=variant))
@@ -500,7 +519,7 @@ def test_a_step_is_timed(tiny: Any) -> None:
         ({"widths": "half"}, "widths must be one of full, quarter-6-3, .*got 'half'"),
         ({"loss": "mae"}, "loss must be one of mse, huber, got 'mae'"),
         ({"loss": None}, "loss must be one of mse, huber, got None"),
-        ({"limit": 3}, "limit must be one of none, alrc, got 3"),
+        ({"limit": 3}, "limit must be one of none, alrc, paper, auto, got 3"),
         ({"variant": "code"}, "variant must be one of paper, code43, got 'code'"),
         ({"mean_form": "batch"}, "mean_form must be one of frozen, image, running, got 'batch'"),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),

@@ -192,7 +192,8 @@ def test_baselines_fill_a_smooth_picture(method: str) -> None:
     mask = scan.spiral_mask(96)
     made = scan.simulate_scan(truth, truth, mask, np.full(mask.shape, 0.5)).astype(float)
     found = partial_stem_baselines.METHODS[method](made, mask.astype(float))
-    assert np.square(found - truth).mean() < 0.1 * truth.var()
+    inside = np.s_[12:-12, 12:-12]  # the spiral does not reach into the corners
+    assert np.square(found - truth)[inside].mean() < 0.05 * truth.var()
 
 
 def test_linear_is_scipys_griddata() -> None:

@@ -67,8 +67,9 @@ class Config:
     """Number of updates, one crop each; the second half has the falling rates, and frozen means if there are any."""
     loss: Literal["mse", "huber"] = "mse"
     """What is minimised: 200 times the mean squared error, or above 1 the square root of that."""
-    limit: Literal["none", "alrc"] = "none"
-    """Whether ALRC limits each of both losses, before it is Huberised: n = 3, decay 0.999, start 25 and 900."""
+    limit: Literal["none", "alrc", "paper", "auto"] = "none"
+    """Which ALRC limits each of both losses, before it is Huberised: the authors' code (n = 3, decay 0.999, start 25
+    and 900), the paper's Algorithm 1 with the same numbers, whose moments see unlimited losses, or `ALRC()`."""
     variant: Literal["paper", "code43"] = "paper"
     """The paper's networks and policy or those of the authors' script 43, which has biases, leaky ReLU, constant beta1,
     the trainer's factor on its loss, means in transposed layers alone, and no data-dependent start."""
@@ -161,7 +162,10 @@ def shape_of(config: Config) -> NetworkShape:
 
 def make_limiters(config: Config) -> nn.ModuleDict:
     """Make the ALRC of each loss, by name; empty without ALRC."""
-    return nn.ModuleDict({} if config.limit == "none" else {name: ALRC.reference() for name in ("inner", "outer")})
+    if config.limit == "none":
+        return nn.ModuleDict()
+    make = {"alrc": ALRC.reference, "paper": ALRC.paper, "auto": ALRC}[config.limit]
+    return nn.ModuleDict({name: make() for name in ("inner", "outer")})
 
 
 class Trainer:

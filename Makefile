@@ -39,6 +39,7 @@ bench: .venv/.installed ## measure the overhead and the cost of a step, with the
 	$(BIN)/python benchmarks/gradient_clipping.py
 	$(BIN)/python benchmarks/step_guard.py
 	$(BIN)/python benchmarks/experiment_step.py
+	$(BIN)/python benchmarks/partial_stem_step.py
 	$(BIN)/python benchmarks/jax_transforms.py
 	KERAS_BACKEND=jax $(BIN)/python benchmarks/keras_layer.py
 	KERAS_BACKEND=torch $(BIN)/python benchmarks/keras_layer.py

@@ -88,8 +88,20 @@ RULES = {
     "alrc_lab.experiments": Rule(
         ("alrc_lab.experiments.*", "alrc_lab.data.*", "alrc.*"),
         frozenset({"numpy", "scipy", "torch", "jax", "keras"}),
-        lazy=frozenset({"safetensors", "skimage", "statsmodels"}),
+        lazy=frozenset({"safetensors", "skimage"}),
     ),
+    "alrc_lab.experiments.theory": Rule(
+        ("alrc_lab.experiments.*", "alrc_lab.data.*", "alrc.*"),
+        frozenset({"numpy", "scipy", "statsmodels"}),
+    ),
+    "alrc_lab.completion": Rule(
+        ("alrc_lab.completion_scan", "alrc_lab.data.*", "alrc_lab.experiments.*", "alrc_lab.runner.*"),
+        frozenset({"numpy", "torch"}),
+        lazy=frozenset({"safetensors"}),
+    ),
+    "alrc_lab.completion_scan": Rule(("alrc_lab.data.*",)),
+    "alrc_lab.completion_files": Rule(("alrc_lab.data.*",), lazy=frozenset({"PIL", "tifffile"})),
+    "alrc_lab.completion_commands": LAB_SHELL,
     "alrc_lab.runner": Rule(("alrc_lab.runner.*",), None, lazy=frozenset({"torch"})),
     "alrc_lab.report": Rule(("alrc_lab.report.*",), None),
     # cli.py must load without the laboratory's dependencies, so that it can name what is missing.

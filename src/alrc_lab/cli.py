@@ -79,7 +79,7 @@ def _dispatch(words: list[str]) -> int:
     size = 2 if words[:1] == ["data"] and words[1:2] and words[1] not in ASK else 1
     name, flags = " ".join(words[:size]), words[size:]
     if name in {"", "data", *ASK}:
-        lines = [f"  {known:<12} {_about(function).partition(chr(10))[0]}" for known, function in COMMANDS.items()]
+        lines = [f"  {known:<13} {_about(function).partition(chr(10))[0]}" for known, function in COMMANDS.items()]
         print(OVERVIEW.format(commands="\n".join(lines), exit_codes=EXIT_CODES))
         return 0 if ASK & set(words) else 2
     if name not in COMMANDS:

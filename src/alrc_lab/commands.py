@@ -16,6 +16,7 @@ from rich.console import Console
 
 from alrc_lab import data as data_sets
 from alrc_lab import report, runner
+from alrc_lab.completion_commands import complete_scan, simulate_partial_scan
 from alrc_lab.experiments import DESCRIPTIONS, EXPERIMENTS, PRESETS, STUDIES
 from alrc_lab.live import (
     BytesView,
@@ -307,6 +308,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "sweep": sweep_study,
     "status": show_status,
     "report": write_report,
+    "complete": complete_scan,
+    "simulate-scan": simulate_partial_scan,
     "data status": show_data,
     "data fetch": fetch_data,
 }

@@ -61,11 +61,12 @@ METRICS = [
         "better": "lower",
     },
     {"key": "late_max_outer", "label": "largest L_out of the second half", "factor": 1, "better": "lower"},
-    {"key": "spike_share_outer", "label": "losses L_out above ALRC's limit, %", "factor": 100, "better": "lower"},
-    {"key": "fraction_limited_outer", "label": "losses L_out limited, %", "factor": 100, "better": "lower"},
-    {"key": "fraction_limited_inner", "label": "losses L_in limited, %", "factor": 100, "better": "lower"},
+    {"key": "spike_share_outer", "label": "share of L_out above ALRC's limit, %", "factor": 100, "better": "lower"},
+    {"key": "fraction_limited_outer", "label": "share of L_out limited, %", "factor": 100, "better": None},
+    {"key": "fraction_limited_inner", "label": "share of L_in limited, %", "factor": 100, "better": None},
 ]
-"""The first is what conditions are judged by; losses are raw, before ALRC and Huber."""
+"""The first is what conditions are judged by, those without `better` only describe; losses are raw, before ALRC and
+Huber."""
 
 
 REFERENCES = {

@@ -1,29 +1,23 @@
 """Read a study and its run folders from disk, finished or not.
 
-The only place that knows the files of `docs/design/0002-run-folders.md`; everything after it works on a `Study`.
-Must not import the runner, the experiments or a framework: folders written by older code stay readable.
+With runs.py, and completions.py for pictures, the only place that knows the files of `docs/design/0002-run-folders.md`;
+everything after it works on a `Study`. Must not import the runner, the experiments or a framework: folders written by
+older code stay readable.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
+from alrc_lab.report.references import References, read_references
+from alrc_lab.report.runs import SCHEMA, STATUSES, Run, Status, StudyError, check_schema, read_run
 
-SCHEMA = 1
-Status = Literal["finished", "diverged", "failed", "missing"]
-STATUSES: tuple[Status, ...] = ("finished", "diverged", "failed", "missing")
-
-
-class StudyError(ValueError):
-    """Say which file of a study cannot be reported, why, and what to do."""
+__all__ = ["SCHEMA", "STATUSES", "Cell", "Published", "Run", "Status", "Study", "StudyError", "load"]
 
 
 @dataclass(frozen=True)
@@ -48,72 +42,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Hold what a run folder says, except its metrics, which are read when asked for.
-
-    Attributes:
-        folder: Path below the study's root, as study.json has it.
-        path: The folder itself.
-        cell: Id of the cell the run belongs to.
-        seed: Seed of the run; runs are paired by it.
-        status: `finished`, `diverged`, `failed` (an error, or a result that cannot be trusted) or
-            `missing` (no result yet).
-        detail: What to tell about a status other than finished; "" if finished.
-        value: The study's metric, unscaled; None unless finished.
-        diverged_at: Step of the divergence, or None.
-        identity: SHA-256 of the run; "" while there is no config.json.
-        steps: Number of updates the result reports, or None.
-        wall_s: Seconds the run took, or None.
-        environment: The last entry of env.json's attempts; empty if there is none.
-    """
-
-    folder: str
-    path: Path
-    cell: str
-    seed: int
-    status: Status
-    detail: str = ""
-    value: float | None = None
-    diverged_at: int | None = None
-    identity: str = ""
-    steps: int | None = None
-    wall_s: float | None = None
-    environment: Mapping[str, Any] = field(default_factory=dict)
-
-    def metrics(self, *names: str) -> dict[str, np.ndarray]:
-        """Read columns of metrics.arrows, as far as whole record batches go.
-
-        A run that is being written or was killed leaves a stream without end marker or with a torn last batch; what
-        precedes it is whole and is used.
-
-        Args:
-            names: Columns wanted besides `step`.
-
-        Returns:
-            `step` (int64) and each column (float64), all of one length; empty arrays if nothing was logged yet.
-
-        Raises:
-            StudyError: If the stream lacks a column; names those it has.
-        """
-        path = self.path / "metrics.arrows"
-        wanted = ("step", *names)
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-        for batch in _whole_batches(path):
-            for name in wanted:
-                if name not in batch.schema.names:
-                    raise StudyError(f"{path}: no column {name!r}; it has {', '.join(batch.schema.names)}")
-                parts[name].append(batch.column(name).to_numpy(zero_copy_only=False))
-        kinds = {name: np.int64 if name == "step" else np.float64 for name in wanted}
-        return {name: np.concatenate([np.empty(0, kinds[name]), *parts[name]]) for name in wanted}
-
-    @property
-    def hardware(self) -> str:
-        """Name processor and cores of the last attempt; "" if unknown."""
-        cpu, cores = self.environment.get("cpu"), self.environment.get("cores")
-        return ", ".join([str(cpu)] * bool(cpu) + [f"{cores} cores"] * bool(cores))
-
-
-@dataclass(frozen=True)
 class Study:
     """Hold a study as its folder stands now.
 
@@ -129,6 +57,10 @@ class Study:
         runs: Every run that the study lists.
         differences: Sentences that say where the protocol is not the paper's.
         notes: Further sentences.
+        further_metrics: What else is compared, in the form of `metric`; `better` is None for what only describes.
+        further_curves: Further learning curves, in the form of `curve`.
+        references: Methods without training, or None.
+        completions: `file` that finished runs keep pictures in and the `seed` to show; empty if there is none.
     """
 
     root: Path
@@ -145,6 +77,20 @@ class Study:
     runs: tuple[Run, ...]
     differences: tuple[str, ...]
     notes: tuple[str, ...]
+    further_metrics: tuple[Mapping[str, Any], ...] = ()
+    further_curves: tuple[Mapping[str, Any], ...] = ()
+    references: References | None = None
+    completions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[Mapping[str, Any], ...]:
+        """List every metric; the first is the one that a finished run must have."""
+        return (self.metric, *self.further_metrics)
+
+    @property
+    def curves(self) -> tuple[Mapping[str, Any], ...]:
+        """List every learning curve, the metric's own first."""
+        return (self.curve, *self.further_curves)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -169,10 +115,16 @@ class Study:
             key=lambda run: run.seed,
         )
 
-    def values(self, cell: str) -> dict[int, float]:
-        """Map seed to metric, in the printed unit, over the finished runs of a cell."""
-        factor = self.metric["factor"]
-        return {run.seed: factor * run.value for run in self.runs_of(cell, "finished") if run.value is not None}
+    def values(self, cell: str, metric: Mapping[str, Any] | None = None) -> dict[int, float]:
+        """Map seed to a metric (by default the first), in the printed unit, over the finished runs that have it."""
+        metric = metric or self.metric
+        found = {run.seed: self.value(run, metric) for run in self.runs_of(cell, "finished")}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def value(self, run: Run, metric: Mapping[str, Any]) -> float | None:
+        """Return a run's value of a metric, in the printed unit; None if it has none."""
+        value = run.value if metric is self.metric else run.number(metric["key"])
+        return None if value is None else metric["factor"] * value
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -214,7 +166,7 @@ def load(root: Path) -> Study:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StudyError(f"{path} is not valid JSON ({error}): run the sweep again to write it anew") from error
-    _check_schema(content, path)
+    check_schema(content, path)
     try:
         return _study(root, content)
     except KeyError as error:
@@ -237,15 +189,17 @@ def _study(root: Path, content: dict[str, Any]) -> Study:
         if cell.baseline is not None and cell.baseline not in cells:
             raise StudyError(f"{path}: cell {cell.id!r} names the unknown baseline {cell.baseline!r}")
     metric, curve, data = content["metric"], content["curve"], content["data"]
+    metrics, curves = content.get("metrics") or [], content.get("curves") or []
     for holder, names in (
-        (metric, ("key", "label", "factor", "better")),
-        (curve, ("column", "label", "factor", "boxcar")),
+        *((each, ("key", "label", "factor", "better")) for each in (metric, *metrics)),
+        *((each, ("column", "label", "factor", "boxcar")) for each in (curve, *curves)),
         (data, ("name", "source", "images", "sha256")),
     ):
         for name in names:
             holder[name]
     if metric["better"] not in ("lower", "higher"):
         raise StudyError(f"{path}: metric.better must be 'lower' or 'higher', got {metric['better']!r}")
+    _check_further(metric, metrics, content, path)
     runs, seen = [], set()
     for item in content["runs"]:
         cell, seed = item["cell"], item["seed"]
@@ -254,7 +208,7 @@ def _study(root: Path, content: dict[str, Any]) -> Study:
         if (cell, seed) in seen:
             raise StudyError(f"{path}: cell {cell!r} lists seed {seed} twice; each seed may count once")
         seen.add((cell, seed))
-        runs.append(_run(root, item, metric["key"], data["sha256"]))
+        runs.append(read_run(root, item, metric["key"], data["sha256"]))
     texts = {key: str(content[key]) for key in ("preset", "title", "question")}
     return Study(
         root=root,
@@ -269,87 +223,26 @@ def _study(root: Path, content: dict[str, Any]) -> Study:
         runs=tuple(runs),
         differences=tuple(content.get("differences", ())),
         notes=tuple(content.get("notes", ())),
+        further_metrics=tuple(metrics),
+        further_curves=tuple(curves),
+        references=read_references(root, content["references"], data["sha256"]) if content.get("references") else None,
+        completions=content.get("completions") or {},
     )
 
 
-def _run(root: Path, item: Mapping[str, Any], key: str, sha256: str) -> Run:
-    """Read one run folder, whatever is in it."""
-    path = root / item["folder"]
-    files = {}
-    for name in ("config", "env", "result", "failure", "progress"):
-        try:
-            files[name] = json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            files[name] = None
-        except ValueError as error:
-            # Half-written progress is of no consequence; anything else is told in the run's detail.
-            files[name] = None if name == "progress" else {"unreadable": f"{name}.json is not valid JSON ({error})"}
-    config, result, failure = files["config"] or {}, files["result"], files["failure"]
-    for name in ("config", "result"):
-        if files[name] and "schema" in files[name]:
-            _check_schema(files[name], path / f"{name}.json")
-    attempts = (files["env"] or {}).get("attempts") or [{}]
-    base = {
-        "folder": item["folder"],
-        "path": path,
-        "cell": item["cell"],
-        "seed": int(item["seed"]),
-        "identity": config.get("identity", ""),
-        "environment": attempts[-1],
-    }
-    if result is not None:
-        base |= {"steps": result.get("steps"), "wall_s": result.get("wall_s")}
-        if problem := _distrust(config, result, key, sha256):
-            return Run(**base, status="failed", detail=problem)
-        if result["status"] == "diverged":
-            at = result.get("diverged_at")
-            where = "at an unrecorded step" if at is None else f"at step {at:,}"
-            return Run(**base, status="diverged", detail=f"diverged {where}", diverged_at=at)
-        return Run(**base, status="finished", value=float(result["summary"][key]))
-    if failure is not None:
-        told = f"{failure.get('type', 'Error')}: {failure.get('message', 'no message')}"
-        return Run(**base, status="failed", detail=failure.get("unreadable", told))
-    progress = files["progress"]
-    reached = f"reached step {progress['step']:,} of {progress['total']:,}" if progress else "not started"
-    return Run(**base, status="missing", detail=reached)
-
-
-def _distrust(config: dict[str, Any], result: dict[str, Any], key: str, sha256: str) -> str:
-    """Say why a result must not enter a table; "" if it may."""
-    for content in (config, result):
-        if "unreadable" in content:
-            return content["unreadable"]
-    if config.get("identity") != result.get("identity"):
-        return "result.json and config.json name different identities"
-    made_from = (config.get("inputs") or {}).get("sha256")
-    if made_from != sha256:
-        return f"made from data {str(made_from)[:12]}, the study names {str(sha256)[:12]}"
-    if result.get("status") == "diverged":
-        return ""
-    if result.get("status") != "finished":
-        return f"unknown status {result.get('status')!r} in result.json"
-    value = (result.get("summary") or {}).get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return f"the summary has no finite {key!r}, but {value!r}"
-    return ""
-
-
-def _check_schema(content: Any, path: Path) -> None:
-    """Refuse a file whose schema this version does not know."""
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise StudyError(f"{path} has schema {schema!r}; this version of alrc reads schema {SCHEMA}: update alrc")
-
-
-def _whole_batches(path: Path) -> list[pa.RecordBatch]:
-    """Read the whole record batches of a stream that may end anywhere."""
-    batches: list[pa.RecordBatch] = []
-    if not path.is_file():
-        return batches
-    with path.open("rb") as file:
-        try:
-            reader = pa.ipc.open_stream(file)
-            while True:
-                batches.append(reader.read_next_batch())
-        except (StopIteration, pa.ArrowInvalid, OSError):
-            return batches
+def _check_further(
+    metric: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], content: Mapping[str, Any], path: Path
+) -> None:
+    """Refuse further metrics, and references to metrics, that contradict the rest of a study."""
+    keys = [each["key"] for each in (metric, *metrics)]
+    for each in metrics:
+        if each["better"] not in ("lower", "higher", None):
+            told = f"must be 'lower', 'higher' or null, got {each['better']!r}"
+            raise StudyError(f"{path}: better of metric {each['key']!r} {told}")
+        if keys.count(each["key"]) > 1:
+            raise StudyError(f"{path}: metric {each['key']!r} is listed twice; each may be listed once")
+    for key in (content.get("references") or {}).get("metrics", ()):
+        if key not in keys:
+            raise StudyError(f"{path}: the references name the unknown metric {key!r}; the study has {', '.join(keys)}")
+    for name in ("file", "seed") if content.get("completions") else ():
+        content["completions"][name]

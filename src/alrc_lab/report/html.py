@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from alrc_lab.report import plots, tables
-from alrc_lab.report.canvas import save
+from alrc_lab.report.canvas import save, save_picture
 from alrc_lab.report.collect import Run, Study, load
+from alrc_lab.report.overview import LEGEND, overview, reference_lines, reference_title
 
 
 def build(root: Path) -> Path:
@@ -35,9 +37,13 @@ def build(root: Path) -> Path:
     path = tables.report_path(study)
     figures = []
     for drawing in plots.draw(study):
-        _, svg = save(drawing, path.parent / "figures")
-        image = base64.b64encode(svg.read_bytes()).decode("ascii")
-        figures.append({"drawing": drawing, "image": f"data:image/svg+xml;base64,{image}"})
+        if drawing.is_picture:
+            file, kind = save_picture(drawing, path.parent / "figures"), "png"
+        else:
+            _, file = save(drawing, path.parent / "figures")
+            kind = "svg+xml"
+        image = base64.b64encode(file.read_bytes()).decode("ascii")
+        figures.append({"drawing": drawing, "image": f"data:image/{kind};base64,{image}"})
     tables.write_csv(study, path.parent / "tables")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -49,7 +55,10 @@ def build(root: Path) -> Path:
     page = environment.get_template("template.html").render(
         study=study,
         figures=figures,
-        blocks=_blocks(study),
+        blocks=[block for metric in study.metrics for block in _blocks(study, metric)],
+        overviews=[(title, found) for panel, title in study.panels.items() if (found := overview(study, panel))],
+        overview_legend=LEGEND,
+        reference_title=reference_title(study),
         runs=_run_lines(study),
         remarks=tables.remarks(study),
         data_line=tables.data_line(study, digits=64),
@@ -62,29 +71,36 @@ def build(root: Path) -> Path:
     return path
 
 
-def _blocks(study: Study) -> list[dict[str, Any]]:
-    """Lay out each panel: its rows, its verdicts, and a grid where it has several columns."""
-    rows, blocks = tables.tabulate(study), []
+def _blocks(study: Study, metric: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lay out a metric of each panel: its rows, its verdicts, and a grid where it has several columns."""
+    rows, blocks = tables.tabulate(study, metric), []
     for panel, title in study.panels.items():
         inside = [row for row in rows if row.cell.panel == panel]
         if not inside:
             continue
         is_grid = tables.is_grid(study, panel)
         places, percent = tables.decimals(inside), tables.percent_decimals(inside)
+        is_published = any(row.published for row in inside)
         columns = list(dict.fromkeys(row.cell.column for row in inside))
+        baselines = list(dict.fromkeys(tables.label(row.baseline.row) for row in inside if row.baseline))
         at = {(row.cell.row, row.cell.column): tables.grid_cell(row, places) for row in inside}
         blocks.append(
             {
                 "title": title if is_grid else ", ".join(filter(None, (title, inside[0].cell.column))),
+                "metric": metric,
+                "is_first": metric is study.metric,
                 "is_grid": is_grid,
-                "is_published": any(row.cell.published for row in inside),
+                "is_published": is_published,
                 "columns": columns,
                 "grid": [
                     {"row": name, "cells": [at.get((name, column)) for column in columns]}
                     for name in dict.fromkeys(row.cell.row for row in inside)
                 ],
                 "rows": [tables.cells(row, places, percent) for row in inside],
-                "baselines": ", ".join(dict.fromkeys(tables.label(row.baseline.row) for row in inside if row.baseline)),
+                "baselines": baselines,
+                "references": reference_lines(study, metric, places),
+                "before": 4 if metric is study.metric else 1,  # columns of a table before the mean
+                "after": is_published + (5 + (len(baselines) > 1)) * bool(baselines),  # and after its interval
                 "verdicts": [sentence for row in inside if (sentence := tables.verdict(study, row))],
             }
         )
@@ -101,7 +117,6 @@ def _run_lines(study: Study) -> list[dict[str, Any]]:
 def _run_line(study: Study, run: Run, places: int) -> dict[str, Any]:
     """Write what the table of runs says about one run; what is unknown is a dash."""
     cell = study.cells[run.cell]
-    value = None if run.value is None else run.value * study.metric["factor"]
     environment = run.environment
     commit = (environment.get("git") or {}).get("commit")
     version = str(environment.get("code_version") or tables.UNDEFINED)
@@ -112,7 +127,7 @@ def _run_line(study: Study, run: Run, places: int) -> dict[str, Any]:
         "seed": run.seed,
         "status": run.status,
         "detail": run.detail,
-        "value": tables.number(value, places),
+        "value": tables.number(study.value(run, study.metric), places),
         "wall": tables.UNDEFINED if run.wall_s is None else duration(run.wall_s),
         "version": f"{version} ({commit[:10]})" if commit else version,
         "hardware": run.hardware or tables.UNDEFINED,

@@ -1,43 +1,60 @@
-"""Draw the figures of a study: learning curves, the rule at work, and the paired differences."""
+"""Draw the figures of a study that show its runs: learning curves, the rule at work, and the paired differences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter
 
 from alrc_lab.report import tables
 from alrc_lab.report.canvas import LIMIT, SPIKE, Drawing, colours, frame, style
 from alrc_lab.report.collect import Run, Study
+from alrc_lab.report.completions import completions
+from alrc_lab.report.held_out import held_out
 from alrc_lab.report.stats import boxcar
 
 _POINTS = 400  # of a learning curve: more would not be visible
 _START = 12  # the first twelfth of a curve falls so steeply that showing it all would hide the rest
 
 
+class _PlainLabels(LogFormatterMathtext):
+    """Label the same ticks as Matplotlib does between powers of ten, with 6 in place of 6×10⁰."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def draw(study: Study) -> list[Drawing]:
-    """Draw every figure that the study has data for: learning curves, the rule, the paired differences."""
+    """Draw every figure that the study has data for, the runs' own first, then what others reach, then pictures."""
     with style():
-        drawings = (learning_curves(study), rule_explained(study), differences(study))
+        drawings = (
+            learning_curves(study),
+            rule_explained(study),
+            differences(study),
+            held_out(study),
+            *completions(study),
+        )
         return [drawing for drawing in drawings if drawing is not None]
 
 
 def learning_curves(study: Study) -> Drawing | None:
     """Draw the boxcar-averaged error of every setting: mean over its finished runs, with their range."""
-    columns, curve = study.columns, study.curve
+    columns, several = study.columns, len(study.curves) > 1
     panels = [panel for panel in study.panels if any(cell.panel == panel for cell in study.cells.values())]
+    slots = [(panel, curve) for panel in panels for curve in study.curves]
     single = len(columns) == 1
-    shape = (1, len(panels)) if single else (len(panels), len(columns))
+    shape = (1, len(slots)) if single else (len(slots), len(columns))
     width, height = (max(6.4, 4.9 * shape[1]), 4.5) if single else (2.1 + 2.7 * shape[1], 1.6 + 2.7 * shape[0])
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(*shape, squeeze=False, sharex=True, sharey=False if single else "row")
     palette, drawn, short, crossed = colours(study), [], [], False
-    for i, panel in enumerate(panels):
+    for i, (panel, curve) in enumerate(slots):
         row: dict[Axes, list[float]] = {}
         for j, column in enumerate(columns):
             axes: Axes = grid[0, i] if single else grid[i, j]
@@ -45,26 +62,28 @@ def learning_curves(study: Study) -> Drawing | None:
             for cell in study.cells.values():
                 if (cell.panel, cell.column) != (panel, column):
                     continue
-                curves = [(run, *_averaged(study, run)) for run in study.runs_of(cell.id)]
+                curves = [(run, *_averaged(run, curve)) for run in study.runs_of(cell.id)]
                 curves = [found for found in curves if len(found[1])]
                 drawn += [run for run, *_ in curves]
                 short += [run for run, steps, _ in curves if run.status == "finished" and steps[-1] != run.steps]
                 crossed |= any(run.status == "diverged" for run, *_ in curves)
-                if cell.published and study.follows_publication and curve["factor"] == study.metric["factor"]:
+                is_metric = curve is study.curve and curve["factor"] == study.metric["factor"]
+                if cell.published and study.follows_publication and is_metric:
                     axes.axhline(cell.published.mean, color=palette[cell.row], linestyle=(0, (4, 3)), linewidth=1)
                     row.setdefault(axes, []).append(cell.published.mean)
                 order = list(palette).index(cell.row)
                 row.setdefault(axes, []).extend(_draw_cell(axes, curves, palette[cell.row], order))
-            axes.set_title(", ".join(filter(None, (study.panels[panel], column))), loc="left", fontsize=10.5)
+            parts = (curve["label"] if several else "", study.panels[panel] if len(panels) > 1 or not several else "")
+            axes.set_title(", ".join(filter(None, (*parts, column))), loc="left", fontsize=10.5)
             axes.margins(x=0.01)
             axes.xaxis.set_major_locator(MaxNLocator(6 if single else 4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
             axes.tick_params(axis="x", labelsize=9 if single else 8)
             if not axes.lines:
                 axes.text(0.5, 0.5, "no run is long enough yet", transform=axes.transAxes, ha="center")
-            if i == len(panels) - 1 or single:
+            if i == len(slots) - 1 or single:
                 axes.set_xlabel("training step (update)")
-            if (i if single else j) == 0:
+            if (i if single else j) == 0 or (several and single):
                 axes.set_ylabel(f"{curve['label']} (log scale)")
         extent = [value for values in row.values() for value in values]
         for axes in row:
@@ -79,8 +98,10 @@ def learning_curves(study: Study) -> Drawing | None:
         handles.append(Line2D([], [], color="#404040", marker="x", linewidth=0.9, label="one run, diverged"))
     title = "How does the error fall in training, with and without limiting?"
     frame(figure, study, title, handles)
+    widths = {f"{curve['boxcar']:,}": curve["label"] for curve in study.curves}
+    told = " or ".join(f"{width} ({label})" for width, label in widths.items()) if len(widths) > 1 else "".join(widths)
     caption = (
-        f"Each curve averages {curve['boxcar']:,} steps of the training error, before any limiting, and then the "
+        f"Each curve averages {told} steps of the training error, before any limiting, and then the "
         "finished runs of a setting; the band spans the lowest and the highest of them, and a point stands at the last "
         "step it averages. The steep start leaves the frame."
     )
@@ -91,9 +112,9 @@ def learning_curves(study: Study) -> Drawing | None:
         )
     if study.follows_publication and any(cell.published for cell in study.cells.values()):
         caption += " Dashed lines are the published final errors."
-    if short:
-        caption += f" The metrics of {len(short)} finished runs end before the step that their results report."
-    return Drawing("learning_curves", title, caption, figure, tuple(drawn))
+    if ended := len({run.folder for run in short}):
+        caption += f" The metrics of {ended} finished runs end before the step that their results report."
+    return Drawing("learning_curves", title, caption, figure, tuple({run.folder: run for run in drawn}.values()))
 
 
 def rule_explained(study: Study) -> Drawing | None:
@@ -135,6 +156,7 @@ def rule_explained(study: Study) -> Drawing | None:
         axes.set_ylabel("loss (log scale)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(_PlainLabels(labelOnlyBase=False))
         axes.grid(axis="y", color="#E6E6E6", linewidth=0.7)
     whole.axvspan(steps[start], steps[end - 1], color=LIMIT, alpha=0.10, linewidth=0)
     middle, on_top = (steps[start] + steps[end - 1]) / 2, whole.get_xaxis_transform()
@@ -222,14 +244,19 @@ def differences(study: Study) -> Drawing | None:
             tail = f"{tables.p_value(difference.p_value, named=True)}, {difference.n} pairs"
             texts.append(axes.text(1.02, y, f"{numbers}\n{tail}", transform=axes.get_yaxis_transform(), va="center"))
             drawn += [run for cell in (row.cell, baseline) for run in study.runs_of(cell.id, "finished")]
+        several = len(tables.baselines_of(study, panel)) > 1
         names = [tables.name(study, row.cell) for row in inside]
+        if several:
+            against = [tables.cells(row, 0, 0)["against"] for row in inside]
+            names = [f"{name}\nagainst {baseline}" for name, baseline in zip(names, against, strict=True)]
         axes.set_yticks(range(len(inside)), names)
         axes.set_ylim(len(inside) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", color="#E6E6E6", linewidth=0.7)
-        against = dict.fromkeys(tables.label(row.baseline.row) for row in inside if row.baseline)
-        axes.set_title(f"{study.panels[panel]}, against {', '.join(against)}", loc="left")
+        subject = study.metric["label"] if len(study.metrics) > 1 else study.panels[panel]
+        alone = "" if several else f", against {tables.label(*tables.baselines_of(study, panel))}"
+        axes.set_title(f"{subject}{alone}", loc="left")
     for text in texts:
         text.set_fontsize(8.5)
     better = "left" if study.metric["better"] == "lower" else "right"
@@ -250,16 +277,16 @@ def differences(study: Study) -> Drawing | None:
     return Drawing("differences", title, caption, figure, tuple({run.folder: run for run in drawn}.values()))
 
 
-def _averaged(study: Study, run: Run) -> tuple[np.ndarray, np.ndarray]:
+def _averaged(run: Run, curve: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Read a run's learning curve, thinned to what is visible: last step of each window, average."""
-    column, width = study.curve["column"], int(study.curve["boxcar"])
+    column, width = curve["column"], int(curve["boxcar"])
     rows = run.metrics(column)
     count = len(rows["step"]) - width + 1
     if count < 1:
         return rows["step"][:0], rows[column][:0]
     stride = max(1, count // _POINTS)
     # Reversed, so that the thinned curve ends at the run's last step.
-    values = boxcar(rows[column][::-1], width, stride)[::-1] * study.curve["factor"]
+    values = boxcar(rows[column][::-1], width, stride)[::-1] * curve["factor"]
     return rows["step"][::-1][::stride][: len(values)][::-1], values
 
 

@@ -8,88 +8,51 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alrc_lab.report.collect import STATUSES, Cell, Run, Study
+from alrc_lab.report.collect import STATUSES, Cell, Published, Run, Study
 from alrc_lab.report.stats import Estimate, PairedDifference, paired, summarise
+from alrc_lab.report.words import NBSP, UNDEFINED, interval, label, lower_first, number, p_value, plain, plus_minus
 
 SIGNIFICANT = 0.05
-UNDEFINED = "–"
 MARK = "†"
-NBSP = "\u00a0"  # keeps a number together with its sign, unit or partner
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold all there is to say about one cell, in the metric's printed unit."""
+    """Hold all there is to say about one cell and one metric, in the metric's printed unit."""
 
     cell: Cell
     baseline: Cell | None
     estimate: Estimate
     difference: PairedDifference | None
     runs: tuple[Run, ...]
+    metric: Mapping[str, Any]
+    published: Published | None
 
     def count(self, status: str) -> int:
         """Count the cell's runs of one status."""
         return sum(run.status == status for run in self.runs)
 
 
-def tabulate(study: Study) -> list[Row]:
-    """Summarise every cell and compare it with its baseline, in the study's order."""
-    rows = []
-    for cell in study.cells.values():
-        values = study.values(cell.id)
-        baseline = study.cells[cell.baseline] if cell.baseline is not None else None
-        difference = paired(values, study.values(baseline.id)) if baseline else None
-        estimate = summarise([values[seed] for seed in sorted(values)])
-        rows.append(Row(cell, baseline, estimate, difference, tuple(study.runs_of(cell.id))))
-    return rows
+def tabulate(study: Study, metric: Mapping[str, Any] | None = None) -> list[Row]:
+    """Summarise a metric, by default the first, of every cell and compare it with its baseline, in the study's order.
 
-
-def number(value: float | None, places: int, *, signed: bool = False) -> str:
-    """Write a number with fixed decimals and a true minus sign; a dash where it is undefined.
-
-    Example:
-        >>> number(-0.251, 2), number(0.251, 2, signed=True), number(-0.001, 2), number(None, 2)
-        ('−0.25', '+0.25', '0.00', '–')
+    A metric of which neither less nor more is better only describes: it is not compared.
     """
-    if value is None:
-        return UNDEFINED
-    rounded = round(value, places)
-    if rounded == 0:
-        return f"{0:.{places}f}"
-    if abs(rounded) >= 1e6:
-        return f"{value:.2e}".replace("-", "−")
-    return f"{rounded:{'+' if signed else ''}.{places}f}".replace("-", "−")
-
-
-def interval(low: float | None, high: float | None, places: int, *, signed: bool = False) -> str:
-    """Write an interval in brackets; a dash where it is undefined."""
-    if low is None or high is None:
-        return UNDEFINED
-    return f"[{number(low, places, signed=signed)},{NBSP}{number(high, places, signed=signed)}]"
-
-
-def p_value(p: float | None, *, named: bool = False) -> str:
-    """Write a p-value with three decimals; with `named`, as an equation."""
-    if p is None:
-        return "p undefined" if named else UNDEFINED
-    small = p < 0.001
-    written = "0.001" if small else f"{p:.3f}"
-    sign = "<" if small else "="
-    if named:
-        return f"p{NBSP}{sign}{NBSP}{written}"
-    return f"<{NBSP}{written}" if small else written
-
-
-def plus_minus(mean: float | None, std: float | None, places: int) -> str:
-    """Write mean ± standard deviation, the latter with one more decimal; without it, the mean alone."""
-    if std is None:
-        return number(mean, places)
-    return f"{number(mean, places)}{NBSP}±{NBSP}{number(std, places + 1)}"
+    metric, rows = metric or study.metric, []
+    for cell in study.cells.values():
+        values = study.values(cell.id, metric)
+        baseline = study.cells[cell.baseline] if cell.baseline is not None and metric["better"] else None
+        difference = paired(values, study.values(baseline.id, metric)) if baseline else None
+        estimate = summarise([values[seed] for seed in sorted(values)])
+        published = cell.published if metric is study.metric else None
+        rows.append(Row(cell, baseline, estimate, difference, tuple(study.runs_of(cell.id)), metric, published))
+    return rows
 
 
 def decimals(rows: Iterable[Row]) -> int:
@@ -101,8 +64,8 @@ def decimals(rows: Iterable[Row]) -> int:
             places = max(places, 2 - math.floor(math.log10(abs(estimate.mean))))
         if estimate.high is not None and estimate.mean is not None and estimate.high > estimate.mean:
             places = max(places, -math.floor(math.log10(estimate.high - estimate.mean)))
-        if row.cell.published:
-            places = max(places, 2 - math.floor(math.log10(abs(row.cell.published.mean) or 1)))
+        if row.published:
+            places = max(places, 2 - math.floor(math.log10(abs(row.published.mean) or 1)))
     return min(max(places, 0), 6)
 
 
@@ -115,21 +78,6 @@ def percent_decimals(rows: Iterable[Row]) -> int:
     return 2 if ends and max(map(abs, ends)) < 1 else 1
 
 
-def plain(text: str) -> str:
-    """Replace the spaces that must not break by ordinary ones, for terminals and files."""
-    return text.replace(NBSP, " ")
-
-
-def label(row: str) -> str:
-    """Write a row label in a sentence: a bare number or ∞ is a number of standard deviations n.
-
-    Example:
-        >>> print(plain(label("3")), label("Huber"), sep="; ")
-        n = 3; Huber
-    """
-    return f"n{NBSP}={NBSP}{row}" if row == "∞" or row.replace(".", "", 1).isdigit() else row
-
-
 def heading(study: Study) -> str:
     """Name the column of row labels: n if every label is a number or ∞."""
     return "n" if all(label(cell.row) != cell.row for cell in study.cells.values()) else ""
@@ -140,6 +88,12 @@ def is_grid(study: Study, panel: str) -> bool:
     return len({cell.column for cell in study.cells.values() if cell.panel == panel}) > 1
 
 
+def baselines_of(study: Study, panel: str) -> list[str]:
+    """List the row labels that cells of a panel are compared with."""
+    found = (study.cells[cell.baseline] for cell in study.cells.values() if cell.panel == panel and cell.baseline)
+    return list(dict.fromkeys(cell.row for cell in found))
+
+
 def name(study: Study, cell: Cell) -> str:
     """Name a cell within its panel: the row label, after the column where there are several."""
     several = is_grid(study, cell.panel) and cell.column
@@ -148,7 +102,7 @@ def name(study: Study, cell: Cell) -> str:
 
 def cells(row: Row, places: int, percent_places: int) -> dict[str, str]:
     """Write a row's numbers for people, by column key; comparisons are empty for a baseline."""
-    estimate, difference, printed = row.estimate, row.difference, row.cell.published
+    estimate, difference, printed = row.estimate, row.difference, row.published
     diverged = row.count("diverged")
     texts = {
         "column": row.cell.column,
@@ -160,7 +114,8 @@ def cells(row: Row, places: int, percent_places: int) -> dict[str, str]:
         "published": plus_minus(printed.mean, printed.std, places) if printed else UNDEFINED,
         **{status: str(row.count(status)) for status in STATUSES},
         "pairs": "",
-        "difference": "baseline" if row.baseline is None else "",
+        "against": label(row.baseline.row) if row.baseline else "",
+        "difference": "baseline" if row.baseline is None and row.metric["better"] else "",
         "difference_interval": "",
         "relative": "",
         "p": "",
@@ -189,25 +144,29 @@ def verdict(study: Study, row: Row) -> str:
     difference = row.difference
     if difference is None or row.baseline is None:
         return ""
-    what, where = name(study, row.cell), _lower_first(study.panels[row.cell.panel])
-    if difference.n < 2 or difference.p_value is None or difference.relative is None:
+    what, where = name(study, row.cell), _subject(study, row)
+    against = f" against {label(row.baseline.row)}" * (len(baselines_of(study, row.cell.panel)) > 1)
+    if difference.n < 2 or difference.p_value is None:
         reason = f"{difference.n} pair{'s' * (difference.n != 1)} of finished runs, two are needed"
         if difference.n >= 2:
             reason = f"{difference.n} pairs differ by exactly the same amount, which leaves nothing to test"
-        return f"{what}: no verdict on the {where} ({reason})."
-    places = percent_decimals([row])
+        return f"{what}: no verdict on the {where}{against} ({reason})."
+    places, unit = percent_decimals([row]), "%"
     mean, low, high = (difference.in_percent(x) or 0.0 for x in _ends(difference))
-    tail = f"{p_value(difference.p_value, named=True)}, {difference.n}{NBSP}pairs"
+    tail = f"{against}, {p_value(difference.p_value, named=True)}, {difference.n}{NBSP}pairs"
     if difference.mean == 0 and difference.p_value == 1:
         return f"{what}: the {where} equals that of {label(row.baseline.row)} in each of {difference.n} pairs."
+    if difference.relative is None:  # nothing can be given in percent of a baseline of 0
+        mean, low, high = (x or 0.0 for x in _ends(difference))
+        places, unit = decimals([row]), "(the baseline is 0)"
     if difference.p_value >= SIGNIFICANT:
-        spread = interval(low, high, places, signed=True)
-        return f"{what}: no difference in the {where} detected: {number(mean, places, signed=True)} % {spread}, {tail}."
+        spread = f"{number(mean, places, signed=True)} {unit} {interval(low, high, places, signed=True)}"
+        return f"{what}: no difference in the {where} detected: {spread}{tail}."
     falls = mean < 0
     low, high = (-high, -low) if falls else (low, high)
     verb = "lowers" if falls else "raises"
-    change = f"{number(abs(mean), places)}{NBSP}%"
-    return f"{what} {verb} the {where} by {change} {interval(low, high, places)}, {tail}."
+    change = f"{number(abs(mean), places)}{NBSP}{unit}"
+    return f"{what} {verb} the {where} by {change} {interval(low, high, places)}{tail}."
 
 
 def counts_sentence(study: Study) -> str:
@@ -220,6 +179,7 @@ def counts_sentence(study: Study) -> str:
 def remarks(study: Study) -> list[str]:
     """Say what the numbers leave out: diverged, failed and missing runs, undefined intervals, comparability."""
     rows, found = tabulate(study), []
+    compared = [row for metric in study.metrics for row in tabulate(study, metric) if row.difference is not None]
     for row in rows:
         gone = [f"seed {run.seed} {run.detail}" for run in row.runs if run.status == "diverged"]
         if gone:
@@ -229,13 +189,27 @@ def remarks(study: Study) -> list[str]:
         broken = [f"seed {run.seed} ({run.detail})" for run in row.runs if run.status == "failed"]
         if broken:
             found.append(f"Failed, {_place(study, row.cell)}: {', '.join(broken)}.")
+    for metric in study.further_metrics:
+        for cell in study.cells.values():
+            without = [run for run in study.runs_of(cell.id, "finished") if study.value(run, metric) is None]
+            if without:
+                seeds = ", ".join(f"seed {run.seed}" for run in without)
+                what = f"{metric['label']}, {_place(study, cell)}"
+                found.append(f"{what}: no finite {metric['key']} from {seeds}; not in that mean.")
     if any(row.estimate.n == 1 for row in rows):
         found.append("One run has no interval: at least two are needed.")
     if any(row.difference and row.difference.n > 1 for row in rows):
         found.append(
             "Intervals are 95 % t intervals; differences are paired by seed; p-values are two-sided and not corrected "
-            f"for the number of comparisons ({sum(row.difference is not None for row in rows)})."
+            f"for the number of comparisons ({len(compared)})."
         )
+    if study.references:
+        if any(map(study.references.values, study.metrics)):
+            found.append(
+                f"{study.references.title}: each number is one mean over {study.references.crops}, without training or "
+                "seed. It has no interval over seeds, and n crops are not n runs."
+            )
+        found += study.references.complaints()
     if not study.follows_publication and any(row.cell.published for row in rows):
         found.append("Published values are beside ours for orientation: the protocols differ, see below.")
     return [*found, *study.warnings]
@@ -250,17 +224,25 @@ def data_line(study: Study, digits: int = 12) -> str:
 def to_json(study: Study) -> dict[str, Any]:
     """Give everything the report says as plain JSON values; undefined numbers are null."""
     rows = []
-    for row in tabulate(study):
-        cell = asdict(row.cell)
+    further = {metric["key"]: tabulate(study, metric) for metric in study.further_metrics}
+    for i, row in enumerate(tabulate(study)):
         counts = {status: row.count(status) for status in STATUSES}
-        rows.append(
-            cell
-            | {"estimate": asdict(row.estimate), "runs": counts}
-            | {
-                "difference": asdict(row.difference) if row.difference else None,
-                "verdict": plain(verdict(study, row)),
-            }
-        )
+        record = asdict(row.cell) | {"estimate": None, "runs": counts} | _judged(study, row)
+        if further:
+            record["metrics"] = {key: _judged(study, found[i]) for key, found in further.items()}
+        rows.append(record)
+    references = study.references
+    several: dict[str, Any] = {"metrics": [dict(metric) for metric in study.metrics]} if further else {}
+    if references:
+        values = {metric["key"]: references.values(metric) for metric in study.metrics}
+        several["references"] = {
+            "title": references.title,
+            "methods": dict(references.methods),
+            "folder": references.run.folder,
+            "status": references.run.status,
+            "crops": references.run.steps,
+            "values": {key: found for key, found in values.items() if found},
+        }
     return {
         "study": study.name,
         "preset": study.preset,
@@ -268,6 +250,7 @@ def to_json(study: Study) -> dict[str, Any]:
         "question": study.question,
         "data": dict(study.data),
         "metric": dict(study.metric),
+        **several,
         "counts": study.counts,
         "cells": rows,
         "runs": [_run_record(study, run) for run in study.runs],
@@ -279,20 +262,33 @@ def to_json(study: Study) -> dict[str, Any]:
 
 
 def write_csv(study: Study, folder: Path) -> list[Path]:
-    """Write summary.csv (one line a cell) and runs.csv (one line a run); return their paths."""
+    """Write summary.csv, runs.csv and, where a study has references, references.csv; return their paths.
+
+    A line of the summary is a cell and, where a study has several metrics, one of them; a line of runs.csv is a run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    summary = []
-    for row in tabulate(study):
-        cell, difference, printed = row.cell, row.difference, row.cell.published
-        record = {"panel": cell.panel, "column": cell.column, "row": cell.row, "baseline": cell.baseline}
+    summary, several = [], len(study.metrics) > 1
+    for row in (row for metric in study.metrics for row in tabulate(study, metric)):
+        cell, difference, printed = row.cell, row.difference, row.published
+        record: dict[str, Any] = {"metric": row.metric["key"], "label": row.metric["label"]} if several else {}
+        record |= {"panel": cell.panel, "column": cell.column, "row": cell.row, "baseline": cell.baseline}
         record |= {status: row.count(status) for status in STATUSES}
+        record |= {"n": row.estimate.n} if several else {}
         record |= {key: value for key, value in asdict(row.estimate).items() if key != "n"}
         for key in ("n", "mean", "low", "high", "relative", "p_value"):
             record[f"difference_{key}"] = getattr(difference, key) if difference else None
         record |= {f"published_{key}": getattr(printed, key) if printed else None for key in ("mean", "std", "n")}
         summary.append(record)
-    paths = [folder / "summary.csv", folder / "runs.csv"]
-    for path, records in zip(paths, (summary, [_run_record(study, run) for run in study.runs]), strict=True):
+    tables = {"summary": summary, "runs": [_run_record(study, run) for run in study.runs]}
+    if study.references and any(map(study.references.values, study.metrics)):
+        tables["references"] = [
+            {"metric": metric["key"], "label": metric["label"], "method": key, "title": study.references.methods[key]}
+            | {"value": value, "crops": study.references.run.steps}
+            for metric in study.metrics
+            for key, value in study.references.values(metric).items()
+        ]
+    paths = [folder / f"{name}.csv" for name in tables]
+    for path, records in zip(paths, tables.values(), strict=True):
         with path.open("w", newline="", encoding="utf-8") as file:
             fields = list(records[0]) if records else []
             writer = csv.DictWriter(file, fields, lineterminator="\n")
@@ -307,21 +303,28 @@ def report_path(study: Study) -> Path:
 
 
 def _run_record(study: Study, run: Run) -> dict[str, Any]:
-    """Flatten a run for CSV and JSON; its value is in the printed unit."""
-    value = None if run.value is None else run.value * study.metric["factor"]
-    return {
+    """Flatten a run for CSV and JSON; its values are in the printed unit, further ones under their keys."""
+    record = {
         "folder": run.folder,
         "identity": run.identity,
         "cell": run.cell,
         "seed": run.seed,
         "status": run.status,
-        "value": value,
+        "value": study.value(run, study.metric),
         "detail": run.detail,
         "steps": run.steps,
         "wall_s": run.wall_s,
         "code_version": run.environment.get("code_version"),
         "hardware": run.hardware,
     }
+    further = {metric["key"]: study.value(run, metric) for metric in study.further_metrics}
+    return record | {key: value for key, value in further.items() if key not in record}
+
+
+def _judged(study: Study, row: Row) -> dict[str, Any]:
+    """Give estimate, difference and verdict as JSON values."""
+    difference = asdict(row.difference) if row.difference else None
+    return {"estimate": asdict(row.estimate), "difference": difference, "verdict": plain(verdict(study, row))}
 
 
 def _ends(difference: PairedDifference) -> Sequence[float | None]:
@@ -331,9 +334,13 @@ def _ends(difference: PairedDifference) -> Sequence[float | None]:
 
 def _place(study: Study, cell: Cell) -> str:
     """Name a cell within the study."""
-    return f"{_lower_first(study.panels[cell.panel])}, {name(study, cell)}"
+    return f"{lower_first(study.panels[cell.panel])}, {name(study, cell)}"
 
 
-def _lower_first(text: str) -> str:
-    """Begin a title in lower case, for use within a sentence."""
-    return text[:1].lower() + text[1:]
+def _subject(study: Study, row: Row) -> str:
+    """Name in a sentence what is compared: the panel, or of several metrics the metric without its unit."""
+    panel = lower_first(study.panels[row.cell.panel])
+    if len(study.metrics) == 1:
+        return panel
+    metric = lower_first(re.sub(r"[ ,(]*%\)?$", "", row.metric["label"]))
+    return f"{metric} ({panel})" if len(study.panels) > 1 else metric

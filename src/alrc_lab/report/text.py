@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,7 +14,9 @@ from rich.text import Text
 
 from alrc_lab.report import tables
 from alrc_lab.report.collect import STATUSES, Study
+from alrc_lab.report.overview import LEGEND, Overview, overview, reference_lines, reference_title
 
+MARK_REFERENCE = "‡"
 _COMPARISON = ("pairs", "difference", "difference_interval", "relative", "p")
 
 
@@ -39,36 +42,16 @@ class StudyText:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         study = self.study
-        rows = tables.tabulate(study)
         yield _paragraph(tables.data_line(study), options, style="bold")
         yield _paragraph(f"{study.title}, preset {study.preset}: {tables.counts_sentence(study)}", options)
-        for panel, title in study.panels.items():
-            inside = [row for row in rows if row.cell.panel == panel]
-            if not inside:
-                continue
-            printed = ("published",) if any(row.cell.published for row in rows) else ()
-            is_grid = tables.is_grid(study, panel)
-            if is_grid:
-                about = f"{title}, {study.metric['label']}: mean ± standard deviation"
-                yield from _heading(about + ", published beneath" * bool(printed), options)
-                yield self._grid(inside)
-            head = ", ".join(filter(None, (title, "" if is_grid else inside[0].cell.column, study.metric["label"])))
-            first = ("column", "label") if is_grid else ("label",)
-            lost = tuple(status for status in STATUSES[1:] if study.counts[status])
-            means = (*first, "runs", "mean", "interval", *printed, *lost)
-            yield from _heading(head, options)
-            whole = self._table(inside, (*means, *_COMPARISON))
-            if Measurement.get(console, options.update(width=10_000), whole).maximum <= options.max_width:
-                yield whole
-            else:
-                yield self._table(inside, means)
-                if compared := [row for row in inside if row.baseline]:
-                    yield Text("")
-                    yield self._table(compared, (*first, *_COMPARISON))
-            if not is_grid:  # a grid has too many comparisons to read them as sentences
-                verdicts = filter(None, (tables.verdict(study, row) for row in inside))
-                yield from (_paragraph(sentence, options, "  ") for sentence in verdicts)
+        for panel in study.panels:
+            yield from self._overview(panel, console, options)
+        for metric in study.metrics:
+            for panel in study.panels:
+                yield from self._block(metric, panel, console, options)
         yield Text("")
+        if title := reference_title(study):
+            yield _paragraph(f"{MARK_REFERENCE} {title}", options, style="dim")
         yield from (_paragraph(remark, options, style="dim") for remark in tables.remarks(study))
         if study.differences:
             yield from _heading("Not the paper's protocol:", options)
@@ -79,8 +62,76 @@ class StudyText:
         else:
             yield Text(f"\nNo report yet: alrc report {study.root}", no_wrap=True, overflow="ignore")
 
-    def _table(self, rows: Sequence[tables.Row], keys: Sequence[str]) -> Table:
-        """Lay out rows of one panel; a new column label starts a new section."""
+    def _overview(self, panel: str, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lay out all metrics of a panel in as few tables as the width allows."""
+        found = overview(self.study, panel)
+        if found is None:
+            return
+        yield from _heading(f"{self.study.panels[panel]}, all metrics", options)
+        start = 0
+        while start < len(found.head):
+            end = start + 1
+            table = self._overview_part(found, start, end)  # of one metric, however narrow the console is
+            while end < len(found.head):
+                wider = self._overview_part(found, start, end + 1)
+                if Measurement.get(console, options.update(width=10_000), wider).maximum > options.max_width:
+                    break
+                table, end = wider, end + 1
+            if start:
+                yield Text("")
+            yield table
+            start = end
+        yield _paragraph(LEGEND, options, style="dim")
+
+    def _overview_part(self, found: Overview, start: int, end: int) -> Table:
+        """Lay out some metrics of an overview; their labels are broken between words."""
+        table = _bare()
+        table.add_column(tables.heading(self.study), no_wrap=True)
+        for label in found.head[start:end]:
+            table.add_column(Text("\n".join(textwrap.wrap(label, 14))), justify="right", no_wrap=True)
+        references = [(name, texts[start:end]) for name, texts in found.references if any(texts[start:end])]
+        for i, (name, texts) in enumerate(found.settings, 1):
+            ends = i == len(found.settings) and bool(references)
+            table.add_row(*(Text(tables.plain(text)) for text in (name, *texts[start:end])), end_section=ends)
+        for name, texts in references:
+            table.add_row(*(Text(tables.plain(text)) for text in (_marked(name), *texts)))
+        return table
+
+    def _block(self, metric: Mapping[str, Any], panel: str, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lay out a metric of a panel: its table or tables, and its verdicts."""
+        study, title = self.study, self.study.panels[panel]
+        rows = tables.tabulate(study, metric)
+        inside = [row for row in rows if row.cell.panel == panel]
+        if not inside:
+            return
+        printed = ("published",) if any(row.published for row in rows) else ()
+        is_grid = tables.is_grid(study, panel)
+        if is_grid:
+            about = f"{title}, {metric['label']}: mean ± standard deviation"
+            yield from _heading(about + ", published beneath" * bool(printed), options)
+            yield self._grid(inside)
+        head = ", ".join(filter(None, (title, "" if is_grid else inside[0].cell.column, metric["label"])))
+        first = ("column", "label") if is_grid else ("label",)
+        lost = tuple(status for status in STATUSES[1:] if study.counts[status] and metric is study.metric)
+        means = (*first, "runs", "mean", "interval", *printed, *lost)
+        compared = [row for row in inside if row.baseline]
+        several = ("against",) if len(tables.baselines_of(study, panel)) > 1 else ()
+        comparison = (*several, *_COMPARISON) if compared or metric["better"] else ()
+        yield from _heading(head, options)
+        whole = self._table(inside, (*means, *comparison))
+        if Measurement.get(console, options.update(width=10_000), whole).maximum <= options.max_width:
+            yield whole
+        else:
+            yield self._table(inside, means)
+            if compared:
+                yield Text("")
+                yield self._table(compared, (*first, *comparison), with_references=False)
+        if not is_grid:  # a grid has too many comparisons to read them as sentences
+            verdicts = filter(None, (tables.verdict(study, row) for row in inside))
+            yield from (_paragraph(sentence, options, "  ") for sentence in verdicts)
+
+    def _table(self, rows: Sequence[tables.Row], keys: Sequence[str], *, with_references: bool = True) -> Table:
+        """Lay out rows of one panel, then the references; a new column label starts a new section."""
         baselines = {row.baseline.row for row in rows if row.baseline}
         headers = {
             "column": "",
@@ -92,13 +143,18 @@ class StudyText:
         }
         table = _bare()
         for key in keys:
-            justify = "left" if key in ("column", "label") else "right"
+            justify = "left" if key in ("column", "label", "against") else "right"
             table.add_column(headers.get(key, key), justify=justify, no_wrap=True)
         places, percent = tables.decimals(rows), tables.percent_decimals(rows)
+        references = reference_lines(self.study, rows[0].metric, places) if with_references else []
         for row, following in zip(rows, [*rows[1:], None], strict=True):
             texts = tables.cells(row, places, percent)
             ends = "column" in keys and following is not None and following.cell.column != row.cell.column
+            ends |= following is None and bool(references)
             table.add_row(*(Text(tables.plain(texts[key])) for key in keys), end_section=ends)
+        for name, value in references:
+            texts = {"label": _marked(name), "mean": value, "interval": tables.UNDEFINED}
+            table.add_row(*(Text(texts.get(key, "")) for key in keys))
         return table
 
     def _grid(self, rows: Sequence[tables.Row]) -> Table:
@@ -108,7 +164,7 @@ class StudyText:
         table.add_column(tables.heading(self.study), no_wrap=True)
         for column in columns:
             table.add_column(Text(column), justify="right", no_wrap=True)
-        places, printed = tables.decimals(rows), any(row.cell.published for row in rows)
+        places, printed = tables.decimals(rows), any(row.published for row in rows)
         for name in dict.fromkeys(row.cell.row for row in rows):
             line: list[Text] = []
             for column in columns:
@@ -132,6 +188,11 @@ def _paragraph(sentence: str, options: ConsoleOptions, indent: str = "", *, styl
         break_on_hyphens=False,
     )
     return Text(tables.plain("\n".join(lines)), style=style, no_wrap=True, overflow="ignore")
+
+
+def _marked(name: str) -> str:
+    """Mark a method without training; a long name takes two lines."""
+    return "\n".join(textwrap.wrap(f"{name}{tables.NBSP}{MARK_REFERENCE}", 28))
 
 
 def _heading(title: str, options: ConsoleOptions) -> list[Text]:

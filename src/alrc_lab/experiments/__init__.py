@@ -9,12 +9,14 @@ EXPERIMENTS = {
 STUDIES = {
     "table1": "alrc_lab.experiments.table1",
     "partial-stem": "alrc_lab.experiments.partial_stem_study",
+    "theory": "alrc_lab.experiments.theory.study",
 }
 """Name of each study - many runs that answer one question - and its module."""
 
 DESCRIPTIONS = {
     "partial-stem": "complete micrographs from a twentieth of their pixels: does ALRC help? (paper, section IV)",
     "cifar10-supersampling": "restore images from half their resolution, with and without ALRC (paper, section III)",
+    "theory": "does clipped gradient descent do what is proved of it, and what does clipping do to the solution?",
     "table1": "does ALRC lower errors where training is unstable, and nowhere else? (paper, Table 1)",
 }
 """One line about each."""
@@ -32,6 +34,11 @@ PRESETS = {
         "stem-128": "a night on two cores: crops of 128, all blocks at a quarter of the width, 20,000 updates, 5 seeds",
         "stem-256": "for a GPU: crops of 256, full width, 50,000 updates, 5 seeds",
         "paper": "for GPUs: crops of 512, full width, the published 500,000 updates, 5 seeds",
+    },
+    "theory": {
+        "smoke": "seconds: all eight experiments with a handful of seeds, to see that everything works; proves nothing",
+        "quick": "two minutes on two idle cores: E0 to E7 with all seeds that the protocol asks for",
+        "full": "half an hour on two cores: 3,000 seeds for stability, ten times the steps for convergence",
     },
 }
 """Sizes of each study, and what each costs."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -288,3 +293,41 @@ def test_a_diverged_run_keeps_no_weights(folder: str, tmp_path: Path) -> None:
     result = partial_stem.run(resolved, MemoryRecorder(inputs, tmp_path))
     assert result["diverged_at"] is not None
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_a_run_that_is_killed_ends_with_the_files_of_an_unbroken_one(folder: str, tmp_path: Path, half: str) -> None:
+    from safetensors.torch import load_file
+
+    config = partial_stem.Config(64, "eighth-1-1", 192, "huber", "alrc", held_out_crops=2, data=folder)
+    resolved, inputs = partial_stem.resolve(config)
+    spec = runner.RunSpec(partial_stem.ENTRY, resolved, inputs, partial_stem.EXCLUDED, partial_stem.name_of(config))
+    whole, killed = (runner.prepare(spec, tmp_path / name) for name in ("whole", "killed"))
+    code = "import sys; from pathlib import Path; from alrc_lab import runner; " + (
+        "runner.execute(Path(sys.argv[1]), checkpoint_every_s=0.0)"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(killed)]
+    latest = killed / "checkpoint" / "latest.json"
+    process = subprocess.Popen(command, env=environment)
+    least = 16 if half == "first" else 112  # means are frozen from update 96
+    step, deadline = 0, time.monotonic() + 120
+    while step < least and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        step = json.loads(latest.read_text())["step"] if latest.exists() else 0
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert least <= step < 192
+    for path in (killed, whole):
+        subprocess.run([*command[:3], str(path)], env=environment, check=True, timeout=300)
+    states = [runner.inspect_run(path) for path in (killed, whole)]
+    assert [state.state for state in states] == ["finished", "finished"]
+    assert states[0].summary == states[1].summary
+    resumed, unbroken = (runner.read_metrics(path) for path in (killed, whole))
+    assert all(np.array_equal(resumed[key], unbroken[key]) for key in unbroken)
+    assert (killed / "MODEL_CARD.md").read_bytes() == (whole / "MODEL_CARD.md").read_bytes()
+    ours, theirs = (load_file(path / "weights.safetensors") for path in (killed, whole))
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert len(json.loads((killed / "env.json").read_text())["attempts"]) == 2

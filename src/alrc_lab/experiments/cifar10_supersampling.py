@@ -23,6 +23,7 @@ from alrc_lab.data import ImageSet, load_cifar10
 from alrc_lab.experiments.recorder import Recorder
 
 ENTRY = "alrc_lab.experiments.cifar10_supersampling:run"
+TOGETHER = "alrc_lab.experiments.supersampling_replicas"
 EXCLUDED = ("data",)
 """Fields that cannot change a number; the data set's checksum is part of a run's identity instead of its path."""
 
@@ -270,8 +271,7 @@ class Trainer:
         limited.mean().backward()
         self.optimizer.step()
         record[0], record[1], record[2] = errors.detach().mean(), losses.detach().mean(), losses.detach().max()
-        last = None if self.limiter is None else self.limiter.last
-        if last is not None:
+        if self.limiter is not None and (last := self.limiter.last) is not None:
             record[3], record[4] = last.limit, last.fraction_limited
 
     def train_block(self) -> dict[str, np.ndarray]:

@@ -19,8 +19,8 @@ import subprocess
 import sys
 import threading
 import traceback as tracebacks
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +44,7 @@ from alrc_lab.runner.folder import (
     remove_drafts,
     write_json,
 )
+from alrc_lab.runner.packing import together_of
 from alrc_lab.runner.recording import CHECKPOINT_EVERY_S, FolderRecorder
 from alrc_lab.runner.spec import identity_of
 
@@ -54,7 +55,7 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-_LIBRARIES = ("numpy", "scipy", "scikit-image", "pyarrow", "torch", "jax", "keras", "tensorflow")
+_LIBRARIES = ("numpy", "scipy", "statsmodels", "scikit-image", "pyarrow", "torch", "jax", "keras", "tensorflow")
 # What a run's numbers come from: the library, the experiments and the data sets, not the CLI or the report.
 _CODE_THAT_COUNTS = ("alrc", "alrc_lab/experiments", "alrc_lab/data")
 
@@ -98,6 +99,45 @@ def execute(folder: Path, *, executor: str = "inline", checkpoint_every_s: float
     if not is_mine:
         return replace(state, state="running", message="another process is executing this run")
     return inspect_run(folder) if problem is None else replace(inspect_run(folder), state="failed", message=problem)
+
+
+def execute_together(
+    folders: Sequence[Path], *, executor: str = "inline", checkpoint_every_s: float = CHECKPOINT_EVERY_S
+) -> list[RunState]:
+    """Run or resume several run folders of one entry point as one program, its `run_together`.
+
+    Each run keeps its own lock, files and state, as if `execute` had been called on it. What the program says of a
+    run is written when that run ends. If the program fails, the runs without result are tried again one by one.
+
+    Args:
+        folders: Folders that `packing.pack` put together.
+        executor: Name to record in env.json.
+        checkpoint_every_s: Seconds from one checkpoint to when the next is due.
+
+    Returns:
+        The states afterwards, in the order of `folders`.
+
+    Raises:
+        KeyboardInterrupt: As `execute` does.
+    """
+    folders = [Path(folder) for folder in folders]
+    locks = dict[Path, ExitStack]()
+    with ExitStack() as all_locks:
+        for folder in folders:
+            if (folder / CONFIG).is_file() and not inspect_run(folder).is_done:
+                lock = all_locks.enter_context(ExitStack())
+                try:
+                    is_mine = lock.enter_context(locked(folder))
+                except OSError:
+                    continue  # `execute` says below what is wrong with it
+                if is_mine and not inspect_run(folder).is_done:
+                    locks[folder] = lock
+                else:
+                    lock.close()
+        if len(locks) > 1:
+            with _sigterm_as_interrupt():
+                _attempt_together(locks, executor, checkpoint_every_s)
+    return [execute(folder, executor=executor, checkpoint_every_s=checkpoint_every_s) for folder in folders]
 
 
 def note_death(folder: Path, message: str, traceback: str) -> RunState:
@@ -146,38 +186,83 @@ def _attempt(folder: Path, executor: str, checkpoint_every_s: float) -> str | No
     """Make the attempt; returns what went wrong, if that could not even be written down."""
     recorder = None
     try:
-        remove_drafts(folder)
-        (folder / FAILURE).unlink(missing_ok=True)
-        (folder / PROGRESS).unlink(missing_ok=True)
-        document = _checked_config(folder)
-        earlier = (read_json(folder / ENV) or {}).get("attempts", [])
-        write_json(
-            folder / ENV, {"attempts": [*earlier, {"started_at": now(), **_surroundings(), "executor": executor}]}
-        )
+        document = _begin(folder, executor)
         entry = _load(document["entry"])
         recorder = FolderRecorder(folder, document["inputs"], checkpoint_every_s)
-        outcome = _checked_outcome(document["entry"], entry(document["config"], recorder))
-        recorder.finish()
-        result = {
-            "schema": SCHEMA,
-            "status": "finished" if outcome["diverged_at"] is None else "diverged",
-            **outcome,
-            "steps": recorder.steps,
-            "wall_s": round(recorder.wall_s, 3),
-            "identity": document["identity"],
-            "finished_at": now(),
-        }
-        write_json(folder / RESULT, result)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of no use to a run that is done
+        _end(folder, document, recorder, entry(document["config"], recorder))
     except (Exception, SystemExit) as error:
-        message = str(error) or "no message"
-        try:
-            _note_failure(folder, type(error).__name__, message, tracebacks.format_exc())
-        except OSError as another:
-            return f"{type(error).__name__}: {message} (and {another})"
+        return _fail(folder, error)
     finally:
         if recorder is not None:
             recorder.close()
+    return None
+
+
+def _attempt_together(locks: dict[Path, ExitStack], executor: str, checkpoint_every_s: float) -> None:
+    """Make the attempt at several runs, whose locks are held; leaves those without result to whoever comes next."""
+    documents = dict[Path, dict[str, Any]]()
+    recorders = dict[Path, FolderRecorder]()
+    try:
+        pack = [_checked_config(folder) for folder in locks]
+        together: Any = together_of(pack[0]["entry"])
+        company = {
+            "number": len(pack),
+            "runs": [folder.name for folder in locks],
+            "seeds": [document["config"].get("seed") for document in pack],
+        }
+        for folder in locks:
+            documents[folder] = _begin(folder, executor, {"pack": company})
+            recorders[folder] = FolderRecorder(folder, documents[folder]["inputs"], checkpoint_every_s)
+        members = list(locks)
+        configs = [document["config"] for document in documents.values()]
+        for place, outcome in together.run_together(configs, list(recorders.values())):
+            folder = members[place]
+            _end(folder, documents[folder], recorders[folder], outcome)
+            locks[folder].close()
+    except (Exception, SystemExit):
+        # Whose fault it was shows when each is tried alone; nothing is lost but the time since the last checkpoint.
+        tracebacks.print_exc()
+    finally:
+        for recorder in recorders.values():
+            recorder.close()
+
+
+def _begin(folder: Path, executor: str, company: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Clean up after earlier attempts and note this one; returns the content of config.json."""
+    remove_drafts(folder)
+    (folder / FAILURE).unlink(missing_ok=True)
+    (folder / PROGRESS).unlink(missing_ok=True)
+    document = _checked_config(folder)
+    earlier = (read_json(folder / ENV) or {}).get("attempts", [])
+    attempt = {"started_at": now(), **_surroundings(), "executor": executor, **(company or {})}
+    write_json(folder / ENV, {"attempts": [*earlier, attempt]})
+    return document
+
+
+def _end(folder: Path, document: dict[str, Any], recorder: FolderRecorder, outcome: Any) -> None:
+    """Write the result of a run."""
+    outcome = _checked_outcome(document["entry"], outcome)
+    recorder.finish()
+    result = {
+        "schema": SCHEMA,
+        "status": "finished" if outcome["diverged_at"] is None else "diverged",
+        **outcome,
+        "steps": recorder.steps,
+        "wall_s": round(recorder.wall_s, 3),
+        "identity": document["identity"],
+        "finished_at": now(),
+    }
+    write_json(folder / RESULT, result)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of no use to a run that is done
+
+
+def _fail(folder: Path, error: BaseException) -> str | None:
+    """Write down why an attempt failed; returns the reason if that could not be written."""
+    message = str(error) or "no message"
+    try:
+        _note_failure(folder, type(error).__name__, message, tracebacks.format_exc())
+    except OSError as another:
+        return f"{type(error).__name__}: {message} (and {another})"
     return None
 
 

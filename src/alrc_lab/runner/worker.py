@@ -1,8 +1,9 @@
 """Execute run folders for another process: `python -m alrc_lab.runner.worker`.
 
 Reads one JSON object per line on stdin, {"folder", "checkpoint_every_s"}, and answers each with one line on stdout,
-the run's state. What a run prints goes to log.txt in its folder, so it cannot corrupt that channel. Ends when stdin
-closes, in the middle of a run too: then the driver died, and the run can be resumed.
+the run's state. With "folders" instead of "folder" the runs train together, and the answer is the list of their states.
+What a run prints goes to log.txt in its folder, the first one's if there are several, so it cannot corrupt that
+channel. Ends when stdin closes, in the middle of a run too: then the driver died, and the run can be resumed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from alrc_lab.runner.attempt import execute
-from alrc_lab.runner.folder import LOG, inspect_run, plain_errors
+from alrc_lab.runner.attempt import execute, execute_together
+from alrc_lab.runner.folder import LOG, RunState, inspect_run, plain_errors
 
 DRIVER_IS_GONE = 3
 
@@ -44,18 +45,28 @@ def main() -> int:
     is_wanted = True
     while is_wanted and (line := inbox.get()) is not None:
         request = json.loads(line)
-        folder = Path(request["folder"])
+        folders = [Path(folder) for folder in request.get("folders") or [request["folder"]]]
+        options = {
+            "executor": request.get("executor", "processes"),
+            "checkpoint_every_s": request["checkpoint_every_s"],
+        }
         try:
-            with _printing_to(folder / LOG):
-                state = execute(folder, executor="processes", checkpoint_every_s=request["checkpoint_every_s"])
+            with _printing_to(folders[0] / LOG):
+                states = execute_together(folders, **options) if len(folders) > 1 else [execute(folders[0], **options)]
         except KeyboardInterrupt:
-            state, is_wanted = inspect_run(folder), False
+            states, is_wanted = [inspect_run(folder) for folder in folders], False
         except OSError as error:
-            state = replace(inspect_run(folder), state="failed", message=str(error))
+            states = [_with_problem(inspect_run(folder), error) for folder in folders]
         is_busy.clear()
-        answers.write(json.dumps(state.to_json()) + "\n")
+        documents = [state.to_json() for state in states]
+        answers.write(json.dumps(documents if "folders" in request else documents[0]) + "\n")
         answers.flush()
     return 0
+
+
+def _with_problem(state: RunState, error: OSError) -> RunState:
+    """Say of a run that is not done what kept it from being executed."""
+    return state if state.is_done else replace(state, state="failed", message=str(error))
 
 
 def _listen(requests: TextIO, inbox: queue.SimpleQueue[str | None], is_busy: threading.Event) -> None:

@@ -107,6 +107,7 @@ RULES = {
     # cli.py must load without the laboratory's dependencies, so that it can name what is missing.
     "alrc_lab.cli": Rule(("alrc_lab.*",), frozenset(), lazy=frozenset({"rich", "tyro"})),
     "alrc_lab.commands": LAB_SHELL,
+    "alrc_lab.data_commands": LAB_SHELL,
     "alrc_lab.live": LAB_SHELL,
     "alrc_lab.__main__": LAB_SHELL,
 }
@@ -225,7 +226,11 @@ def dependency_violations(source: Path, project: str) -> list[str]:
     """List the packages that are imported but not declared, or declared but not imported."""
     found = []
     core = declared_packages(project, "")
-    lab = declared_packages(project, "lab") | declared_packages(project, "micrographs")
+    lab = (
+        declared_packages(project, "lab")
+        | declared_packages(project, "micrographs")
+        | declared_packages(project, "ray")
+    )
     declared = {"alrc": core, "alrc_lab": core | lab}
     for package, allowed in declared.items():
         imported = {

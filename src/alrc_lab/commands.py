@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from alrc_lab import data as data_sets
-from alrc_lab import report, runner
+from alrc_lab import runner
 from alrc_lab.completion_commands import complete_scan, simulate_partial_scan
+from alrc_lab.data_commands import fetch_data, show_data
 from alrc_lab.experiments import DESCRIPTIONS, EXPERIMENTS, PRESETS, STUDIES
 from alrc_lab.live import (
-    BytesView,
     RunsView,
     cells_table,
     data_line,
@@ -31,6 +30,8 @@ from alrc_lab.live import (
     say,
     states_table,
 )
+
+MOST_ROWS = 500  # of a table that somebody may read
 
 
 def list_experiments(*, json: bool = False) -> int:
@@ -131,8 +132,11 @@ def sweep_study(
     out: Path | None = None,
     data: str | None = None,
     seeds: int | None = None,
-    executor: Literal["processes", "inline"] = "processes",
+    executor: Literal["processes", "inline", "ray"] = "processes",
     workers: int | None = None,
+    address: str | None = None,
+    gpus_per_run: float = 1.0,
+    pack: int = 1,
     dry_run: bool = False,
     json: bool = False,
 ) -> int:
@@ -151,14 +155,20 @@ def sweep_study(
         out: Folder for runs and report; by default one under results/ named after study, preset and data.
         data: Path of the data set; by default the first of the places that `alrc data status` lists.
         seeds: Repeats of every cell; by default as many as the preset has.
-        executor: `processes` runs several at once, `inline` one after the other in this process.
-        workers: Runs at once; by default one for each core.
+        executor: `processes` runs several at once, `inline` one after the other in this process, `ray` on a cluster.
+        workers: Runs at once; by default one for each core, of the whole cluster if there is one.
+        address: Address of a Ray cluster; by default `ray` starts one on this machine.
+        gpus_per_run: Part of a GPU that `ray` gives to a run on the device `cuda`.
+        pack: Runs that `processes` trains as one program, where the experiment can: faster for small networks, and
+            their numbers differ by rounding. 1 trains each alone, 0 takes as many as pay.
         dry_run: Stop after saying what would be run and how long it would take.
         json: Print one JSON document instead of text; progress goes to standard error.
     """
     for name, number in (("seeds", seeds), ("workers", workers)):
         if number is not None and number < 1:
             raise ValueError(f"--{name} must be at least 1, not {number}")
+    if pack < 0:
+        raise ValueError(f"--pack must be 1 for none, 0 for as many as pay, or a number of runs; not {pack}")
     module = load_named(STUDIES, study, "study")
     if preset not in PRESETS[study]:
         raise ValueError(f"{study} has no preset '{preset}'; it has {', '.join(PRESETS[study])}")
@@ -173,9 +183,10 @@ def sweep_study(
         folders = _prepare_runs(plan, specs, root)
     states = [runner.inspect_run(folder) for folder in folders if folder.exists()]
     waiting = len(specs) - sum(state.is_done for state in states)
-    workers, threads = _share_cores(executor, workers)
+    limit = workers
+    workers, threads = _share_cores(executor, workers, address)
     document = {"study": study, "preset": preset, "folder": str(root), "data": plan.study["data"]}
-    document |= {"executor": executor, "workers": workers, "threads": threads, "total": len(plan.runs)}
+    document |= {"executor": executor, "workers": workers, "threads": threads, "total": len(plan.runs), "pack": pack}
     document |= _announce(console, plan, waiting, workers, threads)
     if dry_run:
         say(console, "dry run: nothing was started and nothing written")
@@ -185,7 +196,16 @@ def sweep_study(
     interrupted = False
     try:
         with view:
-            states = runner.sweep(folders, executor=executor, workers=workers, threads=threads, on_poll=view.update)
+            states = runner.sweep(
+                folders,
+                executor=executor,
+                workers=limit if address else workers,  # a cluster may grow
+                threads=threads,
+                on_poll=view.update,
+                address=address,
+                gpus_per_run=gpus_per_run,
+                largest_pack=pack or None,
+            )
     except KeyboardInterrupt:
         interrupted = True
         states = [runner.inspect_run(folder) for folder in folders]
@@ -230,7 +250,11 @@ def show_status(folder: Path, *, json: bool = False) -> int:
     states = [runner.inspect_run(member) for member in members]
     counts = {name: sum(state.state == name for state in states) for name in dict.fromkeys(s.state for s in states)}
     console = open_console(json)
-    console.print(states_table(states))
+    if not json:
+        shown = states if len(states) <= MOST_ROWS else [state for state in states if not state.is_done][:MOST_ROWS]
+        console.print(states_table(shown))
+        if len(shown) < len(states):
+            say(console, f"… {len(states) - len(shown):,} more runs; --json tells them all")
     say(console, "runs: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     here = runner.code_version()
     others = [state.name for state in states if state.is_done and state.code_version not in (None, here)]
@@ -256,49 +280,6 @@ def write_report(folder: Path, *, json: bool = False) -> int:
     if not (folder / "study.json").is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a study: it has no study.json")
     return finish(json, _report(open_console(json), folder))
-
-
-def show_data(*, json: bool = False) -> int:
-    """Show where data sets are looked for, what was found there, and which place would be used.
-
-    For example:
-
-        alrc data status
-
-    Args:
-        json: Print one JSON document instead of text.
-    """
-    console = open_console(json)
-    found = {"CIFAR-10": data_sets.data_status(), "micrographs": data_sets.micrograph_status()}
-    for name, places in found.items():
-        say(console, name)
-        for place in places:
-            mark = "→" if place["used"] else " "
-            held = "made when first used" if place["where"] == "embedded" else "nothing"
-            held = f"{place['images']:,} images, sha256 {place['sha256'][:12]}" if place["images"] else held
-            say(console, f"{mark} {place['where']:<10} {held}" + (f" · {place['path']}" if place["path"] else ""))
-            for remark in filter(None, (place["note"], place["error"])):
-                say(console, f"    {remark}")
-    return finish(json, {"places": found["CIFAR-10"], "micrographs": found["micrographs"]})
-
-
-def fetch_data(name: Literal["cifar10"], *, json: bool = False) -> int:
-    """Download a data set into the user cache: with checksum, and going on where it stopped.
-
-    For example:
-
-        alrc data fetch cifar10
-
-    Args:
-        name: Which data set.
-        json: Print one JSON document instead of text.
-    """
-    console = open_console(json, shows_progress=True)
-    with BytesView(console) as view:
-        path = data_sets.fetch_cifar10(on_progress=view.update, on_message=lambda line: say(console, line))
-    found = data_sets.load_cifar10(path)
-    say(console, f"{name}: {found.summary()}")
-    return finish(json, {"name": name, "path": str(path), "data": found.describe()})
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -377,17 +358,21 @@ def _announce(console: Console, plan: Any, waiting: int, workers: int, threads: 
 
 def _report(console: Console, root: Path) -> dict[str, Any]:
     """Write the report of a study, print its table, which ends with the report's path, and return both as JSON."""
+    from alrc_lab import report  # loads matplotlib, a second that no other command needs
+
     index = report.build(root)
     results = report.load(root)
     console.print(report.render_text(results))
     return {"report": str(index), "results": report.to_json(results)}
 
 
-def _share_cores(executor: str, workers: int | None) -> tuple[int, int]:
+def _share_cores(executor: str, workers: int | None, address: str | None) -> tuple[int, int]:
     """Choose how many runs go at once and how many threads each gets, so that cores are neither idle nor shared.
 
     Must not look at how many runs are left: a resumed run needs the threads it had, to end with the same sums.
     """
+    if address is not None and executor == "ray":
+        return workers or runner.executors.cluster_cores(address), 1
     cores = runner.available_cores()
     at_once = 1 if executor == "inline" else workers or cores
     return at_once, max(cores // at_once, 1)

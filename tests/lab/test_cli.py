@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("tyro", reason="needs the laboratory's dependencies")
 
+import alrc_lab
 from alrc_lab import commands, experiments
+from alrc_lab import data as data_sets
 from alrc_lab.cli import EXIT_CODES, main
 from alrc_lab.data import DataError
 
@@ -102,7 +104,7 @@ def specimen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         render_text=lambda study: f"a table of {study['runs']} runs\nReport: index.html",
         to_json=lambda study: study,
     )
-    monkeypatch.setattr(commands, "report", quick_report)
+    monkeypatch.setattr(alrc_lab, "report", quick_report, raising=False)  # imported when it is needed
     monkeypatch.delenv("COLUMNS", raising=False)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -194,7 +196,7 @@ class TestBadInput:
         def refuse(**callbacks: Any) -> Path:
             raise DataError("no network:\nplace the file by hand")
 
-        monkeypatch.setattr(commands.data_sets, "fetch_cifar10", refuse)
+        monkeypatch.setattr(data_sets, "fetch_cifar10", refuse)
         assert main(["data", "fetch", "cifar10"]) == 2
         assert capsys.readouterr().err == "alrc: no network: place the file by hand\n"
 
@@ -391,8 +393,8 @@ class TestReportAndData:
             {**found, "note": "a part", "error": None, "used": True},
             {**lost, "note": "does not exist", "error": None, "used": False},
         ]
-        monkeypatch.setattr(commands.data_sets, "data_status", lambda: places)
-        monkeypatch.setattr(commands.data_sets, "micrograph_status", lambda: places[:1])
+        monkeypatch.setattr(data_sets, "data_status", lambda: places)
+        monkeypatch.setattr(data_sets, "micrograph_status", lambda: places[:1])
         assert main(["data", "status"]) == 0
         shown = capsys.readouterr().out
         assert "→ ALRC_DATA  8,068 images, sha256 cdcdcdcdcdcd · /d\n    a part\n" in shown

@@ -354,8 +354,8 @@ def test_polling_shows_a_run_at_work(tmp_path):
 
 
 def test_executors_are_named(tmp_path):
-    with pytest.raises(ValueError, match="inline, processes"):
-        runner.executors.get("ray")
+    with pytest.raises(ValueError, match="inline, processes, ray"):
+        runner.executors.get("threads")
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         runner.sweep([], workers=0)
     pool = runner.executors.get("processes", 1, 1)

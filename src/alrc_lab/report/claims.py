@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from alrc_lab.report.runs import Run, StudyError, check_schema, read_run
+from alrc_lab.report.runs import Run, StudyError, read_run, read_study_file
 
 Verdict = Literal["consistent", "contradicts", "inconclusive", "outside scope"]
 VERDICTS: tuple[Verdict, ...] = ("consistent", "contradicts", "inconclusive", "outside scope")
@@ -143,7 +143,7 @@ class ClaimsStudy:
 def is_claims(root: Path) -> bool:
     """Tell whether a folder holds a study of claims; False too where study.json cannot be read."""
     try:
-        return _content(Path(root)).get("kind") == "claims"
+        return read_study_file(Path(root)).get("kind") == "claims"
     except StudyError:
         return False
 
@@ -161,7 +161,7 @@ def load(root: Path) -> ClaimsStudy:
         StudyError: If study.json is absent, malformed, contradicts itself or has an unknown schema.
     """
     root = Path(root)
-    path, content = root / "study.json", _content(root)
+    path, content = root / "study.json", read_study_file(root)
     try:
         return _study(root, content)
     except KeyError as error:
@@ -184,19 +184,6 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value
-
-
-def _content(root: Path) -> dict[str, Any]:
-    """Read study.json, or say why not."""
-    path = root / "study.json"
-    if not path.is_file():
-        raise StudyError(f"{root} holds no study.json: name a folder that `alrc sweep --out` made")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StudyError(f"{path} is not valid JSON ({error}): run the sweep again to write it anew") from error
-    check_schema(content, path)
-    return content
 
 
 def _study(root: Path, content: dict[str, Any]) -> ClaimsStudy:

@@ -7,7 +7,6 @@ older code stay readable.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alrc_lab.report.references import References, read_references
-from alrc_lab.report.runs import SCHEMA, STATUSES, Run, Status, StudyError, check_schema, read_run
+from alrc_lab.report.runs import SCHEMA, STATUSES, Run, Status, StudyError, read_run, read_study_file
 
 __all__ = ["SCHEMA", "STATUSES", "Cell", "Published", "Run", "Status", "Study", "StudyError", "load"]
 
@@ -160,13 +159,7 @@ def load(root: Path) -> Study:
     """
     root = Path(root)
     path = root / "study.json"
-    if not path.is_file():
-        raise StudyError(f"{root} holds no study.json: name a folder that `alrc sweep --out` made")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StudyError(f"{path} is not valid JSON ({error}): run the sweep again to write it anew") from error
-    check_schema(content, path)
+    content = read_study_file(root)
     try:
         return _study(root, content)
     except KeyError as error:

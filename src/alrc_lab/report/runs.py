@@ -1,7 +1,7 @@
 """Read a run folder from disk, whatever is in it.
 
-The only place that knows the files of a run in `docs/design/0002-run-folders.md`. Must not import the runner, the
-experiments or a framework: folders written by older code stay readable.
+The only place that knows the files of docs/design/0002-run-folders.md; what stands in study.json is for who reads it to
+know. Must not import the runner, the experiments or a framework: folders written by older code stay readable.
 """
 
 from __future__ import annotations
@@ -177,6 +177,23 @@ def _finite(value: Any) -> float | None:
     """Return a finite number as float; None for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
+
+
+def read_study_file(root: Path) -> dict[str, Any]:
+    """Read root/study.json, or say why not.
+
+    Raises:
+        StudyError: If it is absent, no JSON, or has an unknown schema.
+    """
+    path = root / "study.json"
+    if not path.is_file():
+        raise StudyError(f"{root} holds no study.json: name a folder that `alrc sweep --out` made")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"{path} is not valid JSON ({error}): run the sweep again to write it anew") from error
+    check_schema(content, path)
+    return content
 
 
 def check_schema(content: Any, path: Path) -> None:

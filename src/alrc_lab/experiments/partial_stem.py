@@ -278,9 +278,9 @@ def is_diverged(losses: np.ndarray, bound: float) -> bool:
     return not np.isfinite(losses).all() or float(np.median(losses, 0).max()) > bound
 
 
-def load_images(config: Config, inputs: dict[str, Any]) -> MicrographSet:
+def load_images(crop_size: int, inputs: dict[str, Any]) -> MicrographSet:
     """Load the very micrographs that `resolve` described, or say that they changed."""
-    micrographs = load_micrographs(inputs["path"], crop_size=config.crop_size)
+    micrographs = load_micrographs(inputs["path"], crop_size=crop_size)
     if micrographs.sha256 != inputs["sha256"]:
         raise ValueError(
             f"the micrographs at {inputs['path']} have SHA-256 {micrographs.sha256[:12]}…, the run was planned with "
@@ -302,7 +302,7 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         some of these, the weights, and a card that describes them.
     """
     settings = Config(**config)
-    trainer = Trainer(settings, load_images(settings, recorder.inputs))
+    trainer = Trainer(settings, load_images(settings.crop_size, recorder.inputs))
     resumed = recorder.resume()
     if resumed is not None:
         trainer.load(resumed[1])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import interpolate
 
 from alrc_lab.data.scan import COVERAGE, spiral_mask
-from alrc_lab.data.stem import load_micrographs
+from alrc_lab.experiments.partial_stem import load_images
 from alrc_lab.experiments.partial_stem_examples import held_out_examples
 from alrc_lab.experiments.partial_stem_policy import LOSS_SCALE, blur_target, rms_error_percent
 from alrc_lab.experiments.partial_stem_results import COMPLETIONS, Picture, fitted_losses_of, save_pictures
@@ -125,9 +125,7 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         after the best change of brightness and contrast, `METHOD_fitted_outer` and `METHOD_fitted_rms_percent`.
     """
     settings = Config(**config)
-    micrographs = load_micrographs(recorder.inputs["path"], crop_size=settings.crop_size)
-    if micrographs.sha256 != recorder.inputs["sha256"]:
-        raise ValueError(f"the micrographs at {recorder.inputs['path']} have changed since this run was planned.")
+    micrographs = load_images(settings.crop_size, recorder.inputs)
     mask = spiral_mask(settings.crop_size, settings.coverage)
     total = len(micrographs.held_out_indices("test", settings.held_out_crops))
     rows, pictures = list[dict[str, float]](), list[Picture]()

@@ -320,8 +320,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.limiter is not None:
             self.limiter.load_state_dict(state["limiter"])
-        self.step, self.num_limited = state["step"], state["num_limited"]
-        self.errors = state["errors"].cpu().numpy()
+        self.step, self.num_limited, self.errors = state["step"], state["num_limited"], state["errors"].cpu().numpy()
 
 
 def is_diverged(errors: np.ndarray, bound: float) -> bool:
@@ -348,8 +347,7 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         recorder: Where rows, checkpoints and progress go; its `inputs` name the data.
 
     Returns:
-        `diverged_at`, the update at which training was lost or none, and `summary`: `final_error` (mean raw error of
-        the final window, NaN if diverged), `max_error`, `fraction_limited` and `steps`.
+        `diverged_at`, the update at which training was lost or none, and `summary`; see `outcome_of`.
     """
     settings = Config(**config)
     trainer = Trainer(settings, load_images(recorder.inputs).images)
@@ -365,8 +363,13 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         recorder.progress(trainer.step, settings.iterations)
         if diverged_at is None and trainer.step < settings.iterations and recorder.is_checkpoint_due():
             recorder.checkpoint(trainer.step, trainer.save)
+    return outcome_of(trainer, diverged_at)
+
+
+def outcome_of(trainer: Trainer, diverged_at: int | None) -> dict[str, Any]:
+    """Say how a run ended: `final_error` is the mean raw error of the final window, NaN if the run diverged."""
     errors = trainer.errors[: trainer.step].astype(np.float64)
-    window = settings.final_window or max(1, settings.iterations // 20)
+    window = trainer.config.final_window or max(1, trainer.config.iterations // 20)
     summary = {
         "final_error": math.nan if diverged_at is not None else float(errors[-window:].mean()),
         "max_error": float(errors[np.isfinite(errors)].max(initial=0.0)),
@@ -377,14 +380,11 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
 
 
 def measure_step_s(config: Config, budget_s: float = 1.0) -> float:
-    """Time one update on this machine, on random images, without the data pipeline.
+    """Time one update on this machine, in seconds, on random images, without the data pipeline.
 
     Args:
         config: Settings of the run to be timed.
         budget_s: Seconds to spend; two updates at least.
-
-    Returns:
-        Seconds per update.
     """
     images = np.random.default_rng(0).integers(0, 256, (256, 3, 32, 32), np.uint8)
     trainer = Trainer(config, images)

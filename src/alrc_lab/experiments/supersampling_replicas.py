@@ -8,7 +8,6 @@ so that checkpoints are those of single runs: a run that was stopped in a pack g
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -299,17 +298,4 @@ def run_together(
                 recorders[i].checkpoint(trainers[i].step, trainers[i].save)
         waiting = [i for i in waiting if i not in ended]
         for i, lost_at in ended.items():
-            yield i, outcome_of(trainers[i], lost_at)
-
-
-def outcome_of(trainer: Trainer, diverged_at: int | None) -> dict[str, Any]:
-    """Return divergence and summary of a run that is over."""
-    errors = trainer.errors[: trainer.step].astype(np.float64)
-    window = trainer.config.final_window or max(1, trainer.config.iterations // 20)
-    summary = {
-        "final_error": math.nan if diverged_at is not None else float(errors[-window:].mean()),
-        "max_error": float(errors[np.isfinite(errors)].max(initial=0.0)),
-        "fraction_limited": trainer.num_limited / trainer.step,
-        "steps": trainer.step,
-    }
-    return {"diverged_at": diverged_at, "summary": summary}
+            yield i, single.outcome_of(trainers[i], lost_at)

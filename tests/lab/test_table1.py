@@ -91,8 +91,8 @@ def test_seeds_and_errors() -> None:
     assert len(table1.plan("quick", data="embedded", seeds=3).runs) == 15
     with pytest.raises(ValueError, match="0"):
         table1.plan("quick", data="embedded", seeds=0)
-    with pytest.raises(ValueError, match="medium"):
-        table1.plan("medium", data="embedded")
+    with pytest.raises(ValueError, match="large"):
+        table1.plan("large", data="embedded")
 
 
 def test_estimate_adds_up() -> None:

@@ -8,7 +8,6 @@ file top to bottom: configuration, data pipeline, network, one training step, th
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +87,9 @@ def name_of(config: Config) -> str:
     """Name a run for people."""
     limit = "none" if config.num_stddev is None else f"{config.num_stddev:g}"
     limit += f"-{config.variant}" * (config.variant != "reference")
-    return f"{config.error}-b{config.batch_size}-n{limit}-s{config.seed}"
+    is_usual = (config.optimizer, config.learning_rate) == (Config.optimizer, Config.learning_rate)
+    how = "" if is_usual else f"-{config.optimizer}{config.learning_rate:g}"
+    return f"{config.error}-b{config.batch_size}{how}-n{limit}-s{config.seed}"
 
 
 def resolve(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -367,34 +368,24 @@ def run(config: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
 
 
 def outcome_of(trainer: Trainer, diverged_at: int | None) -> dict[str, Any]:
-    """Say how a run ended: `final_error` is the mean raw error of the final window, NaN if the run diverged."""
+    """Say how a run ended, in raw errors.
+
+    `final_error` is the mean of the final window, NaN if the run diverged. `worst_stretch` is the highest mean of a
+    stretch, a two-hundredth of the run, after its first tenth; `num_spikes` is how often such means go above 1.5 times
+    their median.
+    """
     errors = trainer.errors[: trainer.step].astype(np.float64)
     window = trainer.config.final_window or max(1, trainer.config.iterations // 20)
+    stretch = max(1, trainer.config.iterations // 200)
+    later = errors[trainer.config.iterations // 10 :]
+    means = later[: len(later) // stretch * stretch].reshape(-1, stretch).mean(1)
+    is_high = means > 1.5 * np.median(means) if len(means) else np.zeros(0, bool)
     summary = {
         "final_error": math.nan if diverged_at is not None else float(errors[-window:].mean()),
         "max_error": float(errors[np.isfinite(errors)].max(initial=0.0)),
+        "worst_stretch": float(means.max(initial=0.0)),
+        "num_spikes": int((is_high & ~np.roll(np.append(is_high, False), 1)[:-1]).sum()),
         "fraction_limited": trainer.num_limited / trainer.step,
         "steps": trainer.step,
     }
     return {"diverged_at": diverged_at, "summary": summary}
-
-
-def measure_step_s(config: Config, budget_s: float = 1.0) -> float:
-    """Time one update on this machine, in seconds, on random images, without the data pipeline.
-
-    Args:
-        config: Settings of the run to be timed.
-        budget_s: Seconds to spend; two updates at least.
-    """
-    images = np.random.default_rng(0).integers(0, 256, (256, 3, 32, 32), np.uint8)
-    trainer = Trainer(config, images)
-    inputs, targets = trainer.stream.block(0)
-    record = torch.zeros(len(Trainer.columns), device=inputs.device)
-    trainer.update(inputs[0], targets[0], record)
-    record.cpu()
-    started, number = time.perf_counter(), 0
-    while number < 1 or time.perf_counter() - started < budget_s:
-        trainer.update(inputs[number % len(inputs)], targets[number % len(inputs)], record)
-        record.cpu()
-        number += 1
-    return (time.perf_counter() - started) / number

@@ -1,22 +1,17 @@
-"""Plan the paper's Table 1: error, batch size and threshold n, several seeds each, compared with n = ∞.
-
-A study only plans: it lists configurations and says how they belong together. Whoever runs them and whoever reports
-them need not import it.
-"""
+"""Plan the paper's Table 1: error, batch size and threshold n, several seeds each, compared with n = ∞."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from alrc_lab import experiments
 from alrc_lab.data import load_cifar10
-from alrc_lab.experiments import cifar10_supersampling as supersampling
+from alrc_lab.experiments import supersampling_study as study
 from alrc_lab.experiments.cifar10_supersampling import Config
-from alrc_lab.experiments.plan import Cost, Plan
+from alrc_lab.experiments.plan import Plan
 
 PRESETS = experiments.PRESETS["table1"]
 """Presets and what each costs."""
@@ -55,7 +50,7 @@ class Arm(NamedTuple):
     @property
     def row(self) -> str:
         """Threshold as the table prints it."""
-        n = "∞" if math.isinf(self.num_stddev) else f"{self.num_stddev:g}"
+        n = study.threshold(self.num_stddev)
         return f"n = {n}, ALRC()" if self.variant == "auto" else n
 
     @property
@@ -72,6 +67,9 @@ VARIANT_CELLS = [
     for error in ("quartic", "squared")
     for arm in (Arm(error, 1, math.inf), Arm(error, 1, 3.0), Arm(error, 1, 3.0, "auto"))
 ]
+ALL_CELLS = [
+    Arm(error, batch, n) for (error, batch), row in PUBLISHED.items() for n in (math.inf, 4.0, 3.0, 2.0) if n in row
+]
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,11 @@ class _Preset:
     seeds: int
     config: Config
     boxcar: int
+    more_seeds: Mapping[int, int] = field(default_factory=dict)
+
+    def seeds_of(self, arm: Arm) -> int:
+        """Return how often a cell is repeated; cells of small batches cost little and may have more."""
+        return self.more_seeds.get(arm.batch_size, self.seeds)
 
 
 def _preset(name: str) -> _Preset:
@@ -92,49 +95,25 @@ def _preset(name: str) -> _Preset:
         return _Preset(QUICK_CELLS, 4, Config(width=8, iterations=9_000, final_window=1_800), 250)
     if name == "variants":
         return _Preset(VARIANT_CELLS, 8, Config(width=8, iterations=9_000, final_window=1_800), 250)
+    if name == "medium":
+        config = Config(width=16, iterations=10_000, final_window=2_000, precision="bfloat16")
+        return _Preset(ALL_CELLS, 3, config, 250, {1: 8, 4: 4})
     if name == "paper":
-        order = [math.inf, 4.0, 3.0, 2.0]
-        cells = [Arm(error, batch, n) for (error, batch), row in PUBLISHED.items() for n in order if n in row]
-        return _Preset(cells, 10, Config(), 500)
+        return _Preset(ALL_CELLS, 10, Config(), 500)
     raise ValueError(f"table1 has no preset {name!r}; choose one of {', '.join(PRESETS)}.")
 
 
-def _measure(runs: Sequence[dict[str, Any]]) -> list[Cost]:
-    """Time a few updates of each shape of run."""
-    shapes: Counter[Config] = Counter()
-    for run in runs:
-        config = Config(**run["config"])
-        shape = replace(config, error="squared", num_stddev=3.0, seed=0, drop_at=None, iterations=1, final_window=1)
-        shapes[shape] += config.iterations
-    costs = list[Cost]()
-    for shape, updates in shapes.items():
-        step_s = supersampling.measure_step_s(shape)
-        what = f"width {shape.width}, batch {shape.batch_size}, {shape.precision}"
-        costs.append(Cost(f"{what}: {1e3 * step_s:.1f} ms an update × {updates:,} updates", step_s * updates))
-    return costs
-
-
-def _differences(config: Config, preset: _Preset, description: dict[str, Any]) -> list[str]:
+def _differences(chosen: _Preset, description: dict[str, Any]) -> list[str]:
     """Say where this protocol is not the paper's."""
-    found: list[str] = []
-    if description["source"] == "embedded":
-        found.append(f"Data: {description['images']:,} patches of photographs instead of CIFAR-10's 50,000 images.")
-    elif description["images"] != 50_000:
-        found.append(f"Data: {description['images']:,} images of CIFAR-10 instead of its 50,000.")
-    if config.width != 64:
-        found.append(f"Width {config.width} instead of 64: a network of fewer parameters, with higher errors.")
-    if config.iterations != 100_000:
-        found.append(
-            f"{config.iterations:,} iterations instead of 100,000; the error is the mean of the last "
-            f"{config.final_window:,} instead of 5,000."
-        )
-    if preset.seeds != 10:
-        found.append(f"{preset.seeds} seeds in each cell instead of 10.")
-    if len(preset.cells) < 31:
-        number = sum(arm.variant == "reference" for arm in preset.cells)
+    found = study.differences(chosen.config, description)
+    numbers = {arm.batch_size: chosen.seeds_of(arm) for arm in chosen.cells}
+    if set(numbers.values()) != {10}:
+        several = ", ".join(f"{number} at batch {batch}" for batch, number in numbers.items())
+        told = several if len(set(numbers.values())) > 1 else f"{next(iter(numbers.values()))}"
+        found.append(f"{told} seeds in each cell instead of 10.")
+    if len(chosen.cells) < 31:
+        number = sum(arm.variant == "reference" for arm in chosen.cells)
         found.append(f"{number} of the table's 31 cells.")
-    if config.precision != "float32":
-        found.append(f"Convolutions in {config.precision} instead of float32.")
     return found
 
 
@@ -153,10 +132,9 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
         ValueError: If there is no such preset, or `seeds` < 1.
     """
     chosen = _preset(preset)
+    study.check_seeds(seeds)
     if seeds is not None:
-        if seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {seeds}.")
-        chosen = replace(chosen, seeds=seeds)
+        chosen = replace(chosen, seeds=seeds, more_seeds={})
     description = load_cifar10(data).describe()
     order = sorted(chosen.cells, key=lambda arm: arm.error != "quartic")  # the unstable error first
     runs: list[dict[str, Any]] = []
@@ -173,20 +151,9 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
                 "published": {"mean": mean, "std": std, "n": 10} if arm.variant == "reference" else None,
             }
         )
-        for seed in range(chosen.seeds):
-            config = _configure(chosen.config, arm, seed, data)
-            runs.append(
-                {
-                    "entry": supersampling.ENTRY,
-                    "config": supersampling.resolve_config(config),
-                    "inputs": description,
-                    "excluded": supersampling.EXCLUDED,
-                    "name": supersampling.name_of(config),
-                    "cell": arm.id,
-                    "seed": seed,
-                }
-            )
-    final = Config(**runs[0]["config"])
+        configs = [_configure(chosen.config, arm, seed, data) for seed in range(chosen.seeds_of(arm))]
+        runs += [study.run_of(config, arm.id, description) for config in configs]
+    runs.sort(key=lambda run: run["config"]["batch_size"])  # cheap ones first, so that a night cut short has columns
     panels = [
         {"id": error, "title": f"{error.capitalize()} error"} for error in dict.fromkeys(arm.error for arm in order)
     ]
@@ -198,7 +165,7 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
             "shifts; they are compared with the row of the authors' library."
         ]
     )
-    study = {
+    content = {
         "schema": 1,
         "study": "table1",
         "preset": preset,
@@ -213,7 +180,7 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
         "stream": {"loss": "loss_max", "limit": "limit"},
         "panels": panels,
         "cells": cells,
-        "differences": _differences(final, chosen, description),
+        "differences": _differences(chosen, description),
         "notes": [
             "ALRC is the variant that the published runs of quartic errors used: the authors' library "
             "(ALRC.reference: start μ1 = 25, μ2 = 900, decay 0.999, moments from the limited losses).",
@@ -222,7 +189,7 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
             *notes,
         ],
     }
-    return Plan(study, runs, f"results/table1-{preset}-{description['slug']}", _measure)
+    return Plan(content, runs, f"results/table1-{preset}-{description['slug']}", study.measure)
 
 
 def _configure(base: Config, arm: Arm, seed: int, data: str | None) -> Config:

@@ -35,8 +35,8 @@ class Ops(Protocol):
         """Select `x` where the condition holds, else `y`; either may be a number."""
         ...
 
-    def real(self, x: Any, /) -> Any:
-        """Return whole numbers in the type of the moments, where the framework does not divide them into it itself."""
+    def real(self, x: Any, like: Any, /) -> Any:
+        """Return whole numbers in the type of `like`, where the framework does not divide them into it itself."""
         ...
 
     def ceil(self, x: Any, /) -> Any:
@@ -157,7 +157,7 @@ class NumpyOps:
         selected = cast(Any, np.where(condition, x, y))
         return selected[()]
 
-    def real(self, x: Any, /) -> Any:
+    def real(self, x: Any, like: Any, /) -> Any:
         """Return `x` itself: numpy divides whole numbers."""
         return x
 

@@ -16,6 +16,7 @@ from alrc import rules
 from alrc.moments import Moments
 from alrc.reference import alrc_trace
 from alrc.torch import ALRC, Telemetry
+from alrc.torch.ops import EAGER, TRACED, TorchOps, TracedOps
 
 NAN, INF = float("nan"), float("inf")
 START = (1.0, 1.04)
@@ -228,6 +229,28 @@ def test_double_precision_is_used_all_the_way() -> None:
         state = rule.update(losses, rule.decide(losses, state), state)
     assert module.mean.item() == pytest.approx(state.mean, rel=1e-13)
     assert module.var.item() == pytest.approx(state.var, rel=1e-12)
+
+
+class _Undivided(TracedOps):
+    """Known wrong: lets torch divide whole numbers into float32, whatever the state is."""
+
+    real = staticmethod(lambda x, like: x)
+
+
+@pytest.mark.parametrize(("ops", "is_right"), [(EAGER, True), (TRACED, True), (_Undivided(), False)])
+def test_the_default_rule_on_tensors_is_as_exact_as_its_state(ops: TorchOps, is_right: bool) -> None:
+    """What is not counted on the host, such as a device or a compiled step, divides counts in the state's precision."""
+    rule = rules.ALRC()
+    want = rule.init()
+    fields = zip(want._fields, want, strict=True)
+    state = type(want)(*(torch.tensor(x, dtype=torch.int64 if n == "count" else torch.float64) for n, x in fields))
+    gaps = list[float]()
+    for losses in np.random.default_rng(2).lognormal(0, 1, (80, 3)):
+        want = rule.update(losses, rule.decide(losses, want), want)
+        tensor = torch.tensor(losses)
+        state = rule.update(tensor, rule.decide(tensor, state, ops), state, ops)
+        gaps.append(abs(state.mean.item() / want.mean - 1))
+    assert (max(gaps) < 1e-13) == is_right
 
 
 def test_works_under_autocast() -> None:

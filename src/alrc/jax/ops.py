@@ -33,7 +33,7 @@ class JaxOps:
         """Return `x` with every element moved into [low, high]."""
         return jnp.clip(x, low, high)
 
-    def real(self, x: Any, /) -> Any:
+    def real(self, x: Any, like: Any, /) -> Any:
         """Return whole numbers as floating point that takes the type of what it meets; else they bring float32."""
         return lax.convert_element_type(x, float)
 

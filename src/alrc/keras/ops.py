@@ -47,7 +47,7 @@ class KerasOps:
         parts = [ops.convert_to_tensor(part, self.dtype) if isinstance(part, float) else part for part in (x, y)]
         return ops.where(condition, *parts)
 
-    def real(self, x: Any, /) -> Any:
+    def real(self, x: Any, like: Any, /) -> Any:
         """Return whole numbers in the type of the moments."""
         return ops.cast(x, self.dtype)
 

@@ -314,7 +314,7 @@ class ALRC:
         else:
             kept = batch.kept / number
             weights = [
-                moment_weight(beta, state.count, ops) * kept for beta in sorted({*self.betas}, key=self.betas.index)
+                moment_weight(beta, state, ops) * kept for beta in sorted({*self.betas}, key=self.betas.index)
             ]
             moments = Moments(*state[:3]).updated(batch.mean, var, (weights[0], weights[-1]), one)
             # Merging gives a variance between the parts, which the one batch of a mean does not have (S11).

@@ -117,9 +117,9 @@ def feed_weight(rate: Any, num_stddev: float, ops: Ops) -> Any:
     return ops.clip(2 / explained_share(num_stddev) * rate - 1, 0.0, 1.0)
 
 
-def moment_weight(beta: float, count: Any, ops: Ops) -> Any:
+def moment_weight(beta: float, before: Moments, ops: Ops) -> Any:
     """Return the weight of the next update in a running moment: that of the recent quarter, at least 1 - β (S17)."""
-    return ops.clip((1 + RECENCY) / ops.real(count + (1 + RECENCY)), 1 - beta, None)
+    return ops.clip((1 + RECENCY) / ops.real(before.count + (1 + RECENCY), before.mean), 1 - beta, None)
 
 
 def watch(

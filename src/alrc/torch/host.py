@@ -49,7 +49,7 @@ class HostOps:
 
     is_finite = False
     sqrt: Any = staticmethod(np.sqrt)
-    real: Any = staticmethod(lambda x: x)
+    real: Any = staticmethod(lambda x, like: x)
     size: Any = staticmethod(lambda x: x.numel() if isinstance(x, Tensor) else np.size(x))
 
     def clip(self, x: Any, low: Any, high: Any, /) -> Any:

@@ -28,7 +28,7 @@ class TorchOps:
     shift: Any = staticmethod(torch.add)
     total: Any = staticmethod(torch.sum)
     gap: Any = staticmethod(torch.sub)
-    real: Any = staticmethod(lambda x: x)
+    real: Any = staticmethod(lambda x, like: x.to(like.dtype))
 
     def cap(self, x: Tensor, y: Tensor, /) -> Tensor:
         """Return the element-wise minimum, in place of `x`."""

@@ -109,8 +109,9 @@ def _differences(chosen: _Preset, description: dict[str, Any]) -> list[str]:
     numbers = {arm.batch_size: chosen.seeds_of(arm) for arm in chosen.cells}
     if set(numbers.values()) != {10}:
         several = ", ".join(f"{number} at batch {batch}" for batch, number in numbers.items())
-        told = several if len(set(numbers.values())) > 1 else f"{next(iter(numbers.values()))}"
-        found.append(f"{told} seeds in each cell instead of 10.")
+        is_one = len(set(numbers.values())) == 1
+        told = f"{chosen.seeds_of(chosen.cells[0])} seeds" if is_one else f"Seeds: {several}"
+        found.append(f"{told} in each cell instead of 10.")
     if len(chosen.cells) < 31:
         number = sum(arm.variant == "reference" for arm in chosen.cells)
         found.append(f"{number} of the table's 31 cells.")

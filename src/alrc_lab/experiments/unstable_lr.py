@@ -129,6 +129,13 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
             "boxcar": max(1, chosen.config.iterations // 200),
         },
         "stream": {"loss": "loss_max", "limit": "limit"},
+        "side_by_side": {
+            "seed": 0,
+            "column": "error",
+            "factor": 25,
+            "label": "25 × unlimited error",
+            "boxcar": max(1, chosen.config.iterations // 200),
+        },
         "panels": [
             {"id": optimizer, "title": f"{titles[optimizer]} at {low:g} and {high:g}"}
             for optimizer, (low, high) in RATES.items()

@@ -8,7 +8,7 @@ sentences on trial in place of cells to compare (docs/design/0010-claims.md); th
 from pathlib import Path
 from typing import Any
 
-from alrc_lab.report import claims, claims_page, claims_text, claims_words, collect, html, tables, text
+from alrc_lab.report import agreement, claims, claims_page, claims_text, claims_words, collect, html, tables, text
 from alrc_lab.report.claims import Claim, ClaimsStudy
 from alrc_lab.report.collect import Cell, Published, Study
 from alrc_lab.report.runs import Run, StudyError
@@ -45,4 +45,6 @@ def render_text(study: Study | ClaimsStudy) -> text.StudyText | claims_text.Clai
 
 def to_json(study: Study | ClaimsStudy) -> dict[str, Any]:
     """Give everything the report of a study says as plain JSON values."""
-    return claims_words.to_json(study) if isinstance(study, ClaimsStudy) else tables.to_json(study)
+    if isinstance(study, ClaimsStudy):
+        return claims_words.to_json(study)
+    return tables.to_json(study) | agreement.to_json(study)

@@ -60,6 +60,7 @@ class Study:
         further_curves: Further learning curves, in the form of `curve`.
         references: Methods without training, or None.
         completions: `file` that finished runs keep pictures in and the `seed` to show; empty if there is none.
+        side_by_side: `seed`, `column`, `label`, `factor`, `boxcar` of the figure of single runs, or empty.
     """
 
     root: Path
@@ -80,6 +81,7 @@ class Study:
     further_curves: tuple[Mapping[str, Any], ...] = ()
     references: References | None = None
     completions: Mapping[str, Any] = field(default_factory=dict)
+    side_by_side: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metrics(self) -> tuple[Mapping[str, Any], ...]:
@@ -220,6 +222,7 @@ def _study(root: Path, content: dict[str, Any]) -> Study:
         further_curves=tuple(curves),
         references=read_references(root, content["references"], data["sha256"]) if content.get("references") else None,
         completions=content.get("completions") or {},
+        side_by_side=content.get("side_by_side") or {},
     )
 
 
@@ -237,5 +240,9 @@ def _check_further(
     for key in (content.get("references") or {}).get("metrics", ()):
         if key not in keys:
             raise StudyError(f"{path}: the references name the unknown metric {key!r}; the study has {', '.join(keys)}")
-    for name in ("file", "seed") if content.get("completions") else ():
-        content["completions"][name]
+    for key, names in (
+        ("completions", ("file", "seed")),
+        ("side_by_side", ("seed", "column", "label", "factor", "boxcar")),
+    ):
+        for name in names if content.get(key) else ():
+            content[key][name]

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from alrc_lab.report import plots, tables
+from alrc_lab.report import agreement, plots, tables
 from alrc_lab.report.canvas import save, save_picture
 from alrc_lab.report.collect import Run, Study, load
 from alrc_lab.report.overview import LEGEND, overview, reference_lines, reference_title
@@ -58,6 +58,7 @@ def build(root: Path) -> Path:
         blocks=[block for metric in study.metrics for block in _blocks(study, metric)],
         overviews=[(title, found) for panel, title in study.panels.items() if (found := overview(study, panel))],
         overview_legend=LEGEND,
+        agreement=_agreement(study),
         reference_title=reference_title(study),
         runs=_run_lines(study),
         remarks=tables.remarks(study),
@@ -76,7 +77,7 @@ def _blocks(study: Study, metric: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows, blocks = tables.tabulate(study, metric), []
     for panel, title in study.panels.items():
         inside = [row for row in rows if row.cell.panel == panel]
-        if not inside:
+        if not tables.is_worth_showing(study, inside):
             continue
         is_grid = tables.is_grid(study, panel)
         places, percent = tables.decimals(inside), tables.percent_decimals(inside)
@@ -90,10 +91,11 @@ def _blocks(study: Study, metric: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "metric": metric,
                 "is_first": metric is study.metric,
                 "is_grid": is_grid,
+                "shows_grid": is_grid and len(study.metrics) == 1,  # the table of all metrics says the same
                 "is_published": is_published,
                 "columns": columns,
                 "grid": [
-                    {"row": name, "cells": [at.get((name, column)) for column in columns]}
+                    {"row": tables.row_label(study, name), "cells": [at.get((name, column)) for column in columns]}
                     for name in dict.fromkeys(row.cell.row for row in inside)
                 ],
                 "rows": [tables.cells(row, places, percent) for row in inside],
@@ -105,6 +107,26 @@ def _blocks(study: Study, metric: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return blocks
+
+
+def _agreement(study: Study) -> dict[str, Any] | None:
+    """Lay out how the study agrees with what was published of it; None if nothing was."""
+    found = agreement.agree(study)
+    if found is None:
+        return None
+    panels = [
+        {
+            "title": agreement.title(study, found, panel),
+            "is_grid": tables.is_grid(study, panel),
+            "lines": agreement.lines(found, panel),
+        }
+        for panel in study.panels
+    ]
+    return {
+        "sentences": agreement.sentences(study, found),
+        "legend": agreement.legend(found) if found.comparisons else "",
+        "panels": [panel for panel in panels if panel["lines"]],
+    }
 
 
 def _run_lines(study: Study) -> list[dict[str, Any]]:

@@ -34,8 +34,9 @@ class Overview:
 
 
 def overview(study: Study, panel: str) -> Overview | None:
-    """Gather all metrics of a panel; None if the study has but one, whose own table says it all."""
-    if len(study.metrics) == 1:
+    """Gather all metrics of a panel; None if it has but one, whose own table says it all, or no result."""
+    inside = [cell.id for cell in study.cells.values() if cell.panel == panel]
+    if len(study.metrics) == 1 or not (study.references or any(map(study.values, inside))):
         return None
     columns = [[row for row in tables.tabulate(study, metric) if row.cell.panel == panel] for metric in study.metrics]
     places = [tables.decimals(rows) for rows in columns]

@@ -17,6 +17,7 @@ from alrc_lab.report.canvas import LIMIT, SPIKE, Drawing, colours, frame, style
 from alrc_lab.report.collect import Run, Study
 from alrc_lab.report.completions import completions
 from alrc_lab.report.held_out import held_out
+from alrc_lab.report.side_by_side import side_by_side
 from alrc_lab.report.stats import boxcar
 
 _POINTS = 400  # of a learning curve: more would not be visible
@@ -35,6 +36,7 @@ def draw(study: Study) -> list[Drawing]:
     with style():
         drawings = (
             learning_curves(study),
+            side_by_side(study),
             rule_explained(study),
             differences(study),
             held_out(study),
@@ -191,7 +193,7 @@ def rule_explained(study: Study) -> Drawing | None:
     ]
     title = "Which losses does the rule limit, and to what?"
     frame(figure, study, title, handles)
-    place = ", ".join(filter(None, (study.panels[cell.panel].lower(), cell.column, tables.label(cell.row))))
+    place = ", ".join(filter(None, (tables.lower_first(study.panels[cell.panel]), cell.column, tables.label(cell.row))))
     finite = limit[np.isfinite(limit)]
     is_settling = finite[0] > 1.5 * np.median(finite[len(finite) // 2 :])
     settles = ", starts from an over-estimate and settles while it learns their scale"
@@ -254,7 +256,10 @@ def differences(study: Study) -> Drawing | None:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", color="#E6E6E6", linewidth=0.7)
-        subject = study.metric["label"] if len(study.metrics) > 1 else study.panels[panel]
+        named = [study.metric["label"]] * (len(study.metrics) > 1)
+        if not named or len(panels) > 1:
+            named.append(study.panels[panel])
+        subject = ", ".join(named)
         alone = "" if several else f", against {tables.label(*tables.baselines_of(study, panel))}"
         axes.set_title(f"{subject}{alone}", loc="left")
     for text in texts:

@@ -27,6 +27,7 @@ class Row:
     """Hold all there is to say about one cell and one metric, in the metric's printed unit."""
 
     cell: Cell
+    label: str
     baseline: Cell | None
     estimate: Estimate
     difference: PairedDifference | None
@@ -51,13 +52,14 @@ def tabulate(study: Study, metric: Mapping[str, Any] | None = None) -> list[Row]
         difference = paired(values, study.values(baseline.id, metric)) if baseline else None
         estimate = summarise([values[seed] for seed in sorted(values)])
         published = cell.published if metric is study.metric else None
-        rows.append(Row(cell, baseline, estimate, difference, tuple(study.runs_of(cell.id)), metric, published))
+        named, runs = row_label(study, cell.row), tuple(study.runs_of(cell.id))
+        rows.append(Row(cell, named, baseline, estimate, difference, runs, metric, published))
     return rows
 
 
 def decimals(rows: Iterable[Row]) -> int:
-    """Choose the decimals that show three digits of every mean and one of every half interval."""
-    places = 0
+    """Choose the decimals that show three digits of every mean and one of every half interval; of counts, one."""
+    rows, places = list(rows), 0
     for row in rows:
         estimate = row.estimate
         if estimate.mean:
@@ -66,7 +68,7 @@ def decimals(rows: Iterable[Row]) -> int:
             places = max(places, -math.floor(math.log10(estimate.high - estimate.mean)))
         if row.published:
             places = max(places, 2 - math.floor(math.log10(abs(row.published.mean) or 1)))
-    return min(max(places, 0), 6)
+    return min(max(places, 0), 1 if _are_counts(rows) else 6)
 
 
 def percent_decimals(rows: Iterable[Row]) -> int:
@@ -81,6 +83,16 @@ def percent_decimals(rows: Iterable[Row]) -> int:
 def heading(study: Study) -> str:
     """Name the column of row labels: n if every label is a number or ∞."""
     return "n" if all(label(cell.row) != cell.row for cell in study.cells.values()) else ""
+
+
+def row_label(study: Study, row: str) -> str:
+    """Write a row label in a table: under the heading n as it is, else as in a sentence."""
+    return row if heading(study) else label(row)
+
+
+def is_worth_showing(study: Study, rows: Sequence[Row]) -> bool:
+    """Tell whether the rows of a panel have a cell and, unless they are of the first metric, a finished run."""
+    return any(row.metric is study.metric or row.count("finished") for row in rows)
 
 
 def is_grid(study: Study, panel: str) -> bool:
@@ -106,7 +118,7 @@ def cells(row: Row, places: int, percent_places: int) -> dict[str, str]:
     diverged = row.count("diverged")
     texts = {
         "column": row.cell.column,
-        "label": row.cell.row + f"{NBSP}{MARK}" * bool(diverged),
+        "label": row.label + f"{NBSP}{MARK}" * bool(diverged),
         "runs": f"{estimate.n}",
         "mean": number(estimate.mean, places),
         "std": number(estimate.std, places + 1),
@@ -155,7 +167,7 @@ def verdict(study: Study, row: Row) -> str:
     mean, low, high = (difference.in_percent(x) or 0.0 for x in _ends(difference))
     tail = f"{against}, {p_value(difference.p_value, named=True)}, {difference.n}{NBSP}pairs"
     if difference.mean == 0 and difference.p_value == 1:
-        return f"{what}: the {where} equals that of {label(row.baseline.row)} in each of {difference.n} pairs."
+        return f"{what}: no change in the {where} from {label(row.baseline.row)} in any of {difference.n} pairs."
     if difference.relative is None:  # nothing can be given in percent of a baseline of 0
         mean, low, high = (x or 0.0 for x in _ends(difference))
         places, unit = decimals([row]), "(the baseline is 0)"
@@ -327,6 +339,13 @@ def _judged(study: Study, row: Row) -> dict[str, Any]:
     return {"estimate": asdict(row.estimate), "difference": difference, "verdict": plain(verdict(study, row))}
 
 
+def _are_counts(rows: Sequence[Row]) -> bool:
+    """Tell whether a metric counts something: all its values are whole, and not all are 0."""
+    values = [run.number(row.metric["key"]) for row in rows for run in row.runs if row.metric["factor"] == 1]
+    found = [value for value in values if value is not None]
+    return any(found) and all(value == round(value) for value in found)
+
+
 def _ends(difference: PairedDifference) -> Sequence[float | None]:
     """List mean, low and high."""
     return difference.mean, difference.low, difference.high
@@ -338,9 +357,9 @@ def _place(study: Study, cell: Cell) -> str:
 
 
 def _subject(study: Study, row: Row) -> str:
-    """Name in a sentence what is compared: the panel, or of several metrics the metric without its unit."""
+    """Name in a sentence what is compared: the panel, or of several metrics the metric without its unit or factor."""
     panel = lower_first(study.panels[row.cell.panel])
     if len(study.metrics) == 1:
         return panel
-    metric = lower_first(re.sub(r"[ ,(]*%\)?$", "", row.metric["label"]))
+    metric = lower_first(re.sub(r"[ ,(]*%\)?$| × \d+$", "", row.metric["label"]))
     return f"{metric} ({panel})" if len(study.panels) > 1 else metric

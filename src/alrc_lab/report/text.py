@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from alrc_lab.report import tables
+from alrc_lab.report import agreement, tables
 from alrc_lab.report.collect import STATUSES, Study
 from alrc_lab.report.overview import LEGEND, Overview, overview, reference_lines, reference_title
 
@@ -49,6 +49,7 @@ class StudyText:
         for metric in study.metrics:
             for panel in study.panels:
                 yield from self._block(metric, panel, console, options)
+        yield from self._agreement(options)
         yield Text("")
         if title := reference_title(study):
             yield _paragraph(f"{MARK_REFERENCE} {title}", options, style="dim")
@@ -102,11 +103,11 @@ class StudyText:
         study, title = self.study, self.study.panels[panel]
         rows = tables.tabulate(study, metric)
         inside = [row for row in rows if row.cell.panel == panel]
-        if not inside:
+        if not tables.is_worth_showing(study, inside):
             return
         printed = ("published",) if any(row.published for row in rows) else ()
         is_grid = tables.is_grid(study, panel)
-        if is_grid:
+        if is_grid and len(study.metrics) == 1:  # the table of all metrics says the same
             about = f"{title}, {metric['label']}: mean ± standard deviation"
             yield from _heading(about + ", published beneath" * bool(printed), options)
             yield self._grid(inside)
@@ -115,6 +116,7 @@ class StudyText:
         lost = tuple(status for status in STATUSES[1:] if study.counts[status] and metric is study.metric)
         means = (*first, "runs", "mean", "interval", *printed, *lost)
         compared = [row for row in inside if row.baseline]
+        paired = [row for row in compared if not is_grid or (row.difference and row.difference.n)]
         several = ("against",) if len(tables.baselines_of(study, panel)) > 1 else ()
         comparison = (*several, *_COMPARISON) if compared or metric["better"] else ()
         yield from _heading(head, options)
@@ -123,12 +125,35 @@ class StudyText:
             yield whole
         else:
             yield self._table(inside, means)
-            if compared:
+            if paired:  # of a large table that has just begun, dashes are not worth a line each
                 yield Text("")
-                yield self._table(compared, (*first, *comparison), with_references=False)
+                yield self._table(paired, (*first, *comparison), with_references=False)
         if not is_grid:  # a grid has too many comparisons to read them as sentences
             verdicts = filter(None, (tables.verdict(study, row) for row in inside))
             yield from (_paragraph(sentence, options, "  ") for sentence in verdicts)
+
+    def _agreement(self, options: ConsoleOptions) -> RenderResult:
+        """Lay out how the changes agree with published ones, where there are any."""
+        study, found = self.study, agreement.agree(self.study)
+        if found is None:
+            return
+        for panel in study.panels:
+            written = [line for line in agreement.lines(found, panel) if line["pairs"] != "0"]  # the page has them all
+            if not written:
+                continue
+            keys = ("column",) * tables.is_grid(study, panel) + ("label", "published", "ours", "pairs", "verdict")
+            table = _bare()
+            for key in keys:
+                header = {"column": "", "label": tables.heading(study)}.get(key, key)
+                table.add_column(header, justify="right" if key in ("published", "ours", "pairs") else "left")
+            for line, following in zip(written, [*written[1:], None], strict=True):
+                ends = "column" in keys and following is not None and following["column"] != line["column"]
+                table.add_row(*(Text(tables.plain(line[key]), no_wrap=True) for key in keys), end_section=ends)
+            yield from _heading(agreement.title(study, found, panel), options)
+            yield table
+        yield from _heading("Does it agree with what was published?", options)
+        yield from (_paragraph(sentence, options, "  ") for sentence in agreement.sentences(study, found))
+        yield from ([_paragraph(agreement.legend(found), options, style="dim")] if found.comparisons else [])
 
     def _table(self, rows: Sequence[tables.Row], keys: Sequence[str], *, with_references: bool = True) -> Table:
         """Lay out rows of one panel, then the references; a new column label starts a new section."""
@@ -173,7 +198,7 @@ class StudyText:
                 line.append(
                     Text.assemble(tables.plain(ours), ("\n" + tables.plain(published) if printed else "", "dim"))
                 )
-            table.add_row(Text(name), *line)
+            table.add_row(Text(tables.plain(tables.row_label(self.study, name))), *line)
         return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 UNDEFINED = "–"
+_NAMES = {"Adam"}  # of methods: words that begin with a capital anywhere
 NBSP = "\u00a0"  # keeps a number together with its sign, unit or partner
 
 
@@ -65,10 +66,11 @@ def label(row: str) -> str:
 
 
 def lower_first(text: str) -> str:
-    """Begin a title in lower case, for use within a sentence; an abbreviation stays as it is.
+    """Begin a title in lower case, for use within a sentence; an abbreviation or a name stays as it is.
 
     Example:
-        >>> lower_first("Outer generator"), lower_first("RMS error")
-        ('outer generator', 'RMS error')
+        >>> lower_first("Outer generator"), lower_first("RMS error"), lower_first("Adam at 0.002")
+        ('outer generator', 'RMS error', 'Adam at 0.002')
     """
-    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
+    keeps = text[1:2].isupper() or text.partition(" ")[0] in _NAMES
+    return text if keeps else text[:1].lower() + text[1:]

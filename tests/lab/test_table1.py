@@ -87,6 +87,19 @@ def test_small_presets_hold_the_five_cells(preset: str) -> None:
     assert any("Width" in sentence for sentence in plan.study["differences"])
 
 
+def test_medium_is_the_whole_table_in_small() -> None:
+    plan, paper = table1.plan("medium", data="embedded"), table1.plan("paper", data="embedded")
+    assert {c["id"] for c in plan.study["cells"]} == {c["id"] for c in paper.study["cells"]}
+    seeds = Counter(run["cell"] for run in plan.runs)
+    assert min(seeds.values()) == 3
+    assert seeds["quartic-b1-n3"] == 8
+    batches = [run["config"]["batch_size"] for run in plan.runs]
+    assert batches == sorted(batches), "what costs little comes first"
+    assert all(run["config"]["width"] == 16 for run in plan.runs)
+    assert {run["config"]["drop_at"] for run in plan.runs if run["config"]["batch_size"] == 64} == {5469}
+    assert len(table1.plan("medium", data="embedded", seeds=2).runs) == 62
+
+
 def test_seeds_and_errors() -> None:
     assert len(table1.plan("quick", data="embedded", seeds=3).runs) == 15
     with pytest.raises(ValueError, match="0"):

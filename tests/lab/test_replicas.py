@@ -119,6 +119,13 @@ def test_in_float32_a_replica_begins_as_its_run(changes: dict[str, Any]) -> None
     check_is_same(make_pack(single.Trainer, wanted), [single.Trainer(c, IMAGES) for c in wanted], 30, 1e-4)
 
 
+@pytest.mark.parametrize("way", ["bmm", "each"])
+def test_every_way_to_convolve_is_the_run_too(way: str) -> None:
+    wanted = configs()
+    pack = replicas.Pack([DoubleTrainer(config, IMAGES) for config in wanted], way)
+    check_is_same(pack, [DoubleTrainer(config, IMAGES) for config in wanted], 35, 1e-9)
+
+
 def test_in_bfloat16_a_replica_begins_near_its_run() -> None:
     wanted = configs(precision="bfloat16")
     check_is_same(make_pack(single.Trainer, wanted), [single.Trainer(c, IMAGES) for c in wanted], 4, 3e-2)
@@ -359,3 +366,42 @@ def test_final_errors_of_packs_are_distributed_as_those_of_single_runs(tiny_imag
     # Twin: runs that learn at half the rate are another distribution.
     slower = final_errors(range(32), 8, learning_rate=TINY.learning_rate / 2)
     assert stats.ks_2samp(alone, slower).pvalue < 0.01
+
+
+# --- on a GPU: never run so far ---
+
+
+@pytest.fixture
+def gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def gpu_trainers(**changes: Any) -> list[DoubleTrainer]:
+    return [DoubleTrainer(config, IMAGES) for config in configs(device="cuda", iterations=100, **changes)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["grouped", "bmm", "each"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_on_a_gpu_a_graph_is_the_eager_pack(way: str, optimizer: str, gpu: None) -> None:
+    one, other = (replicas.Pack(gpu_trainers(optimizer=optimizer), way, is_graph) for is_graph in (True, False))
+    places = [tensor.data_ptr() for tensor in one.tensors()]
+    for rows, others in zip(one.train_block(), other.train_block(), strict=True):
+        for name in rows:
+            np.testing.assert_allclose(rows[name], others[name], rtol=1e-6, err_msg=name)
+    assert [tensor.data_ptr() for tensor in one.tensors()] == places
+    for tensor, wanted in zip(one.tensors(), other.tensors(), strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["grouped", "bmm", "each"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_on_a_gpu_a_replica_is_its_run(way: str, batch_size: int, gpu: None) -> None:
+    pack = replicas.Pack(gpu_trainers(batch_size=batch_size), way)
+    alone = [trainer.train_block() for trainer in gpu_trainers(batch_size=batch_size)]
+    for rows, others in zip(pack.train_block(), alone, strict=True):
+        for name in rows:
+            # A run keeps its records in float32.
+            np.testing.assert_allclose(rows[name], others[name], rtol=1e-5, err_msg=name)

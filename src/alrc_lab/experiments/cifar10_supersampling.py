@@ -156,8 +156,9 @@ class Stream:
     def block(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of `steps_per_block` updates, shape (updates, batch, 3, height, width)."""
         number = self.steps_per_block * self.batch_size
-        positions = range(index * number, (index + 1) * number)
-        chosen = torch.stack([self._shuffled(p // len(self.images))[p % len(self.images)] for p in positions])
+        first, size = index * number, len(self.images)
+        epochs = range(first // size, (first + number - 1) // size + 1)
+        chosen = torch.cat([self._shuffled(e)[max(first - e * size, 0) : first + number - e * size] for e in epochs])
         targets = augment(self.images[chosen.to(self.images.device)], _generator(self.seed, 1, index))
         inputs = halve_and_restore(targets)
         shape = (self.steps_per_block, self.batch_size, *targets.shape[1:])
@@ -238,6 +239,8 @@ class Trainer:
 
     def __init__(self, config: Config, images: np.ndarray) -> None:
         device = torch.device(config.device)
+        if device.type == "cuda" and config.precision == "float32":
+            torch.backends.cudnn.allow_tf32 = False  # torch's own choice rounds convolutions to 10 bits
         self.config = config
         self.power = {"squared": 2, "quartic": 4}[config.error]
         self.stream = Stream(torch.from_numpy(images).to(device), config.batch_size, config.seed)

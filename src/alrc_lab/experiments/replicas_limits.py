@@ -18,15 +18,7 @@ from alrc.torch.ops import TorchOps
 
 
 class RowOps(TorchOps):
-    """Reduce along the last axis and keep it: losses have the shape (rows, batch), numbers of a state (rows, 1).
-
-    Args:
-        dtype: Precision of losses and states.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        # torch would divide whole numbers into float32 whatever the states are.
-        self.real = lambda x: x.to(dtype)
+    """Reduce along the last axis and keep it: losses have the shape (rows, batch), numbers of a state (rows, 1)."""
 
     def total(self, x: Tensor, /) -> Tensor:
         """Return the sum along each row."""
@@ -91,6 +83,9 @@ class _Group(NamedTuple):
 
     rule: Any
     rows: Tensor
+    """Their rows, where the losses are."""
+    members: list[int]
+    """The same as numbers, so that nobody has to ask the device."""
 
 
 class Limits:
@@ -112,11 +107,11 @@ class Limits:
     ) -> None:
         self._groups = _grouped([None if one is None else one.rule for one in limiters], device)
         self._hubers = _grouped([None if one is None else one.rule for one in hubers], device)
-        self._ops = RowOps(dtype)
+        self._ops = RowOps()
         self._states = list[Any]()
-        for rule, rows in self._groups:
+        for rule, _, members in self._groups:
             kind: Any = type(rule.init())
-            own = [limiters[row] for row in rows.tolist()]
+            own = [limiters[row] for row in members]
             fields = [
                 torch.stack([getattr(one, name) for one in own]).to(device, torch.int64 if name == "count" else dtype)
                 for name in kind._fields
@@ -124,7 +119,7 @@ class Limits:
             self._states.append(kind(*(_as_rows(field) for field in fields)))
 
     def judge(self, losses: Tensor) -> Limited:
-        """Decide about the losses of an update, and learn from them.
+        """Decide about the losses of an update, and learn from them: states change in place, as a graph needs it.
 
         Args:
             losses: Detached losses, shape (rows, batch).
@@ -136,10 +131,11 @@ class Limits:
         limit = losses.new_full((len(losses),), torch.inf)
         fraction = losses.new_zeros(len(losses))
         values = losses if not self._hubers else losses.clone()
-        for i, (rule, rows) in enumerate(self._groups):
-            own, state = losses[rows], self._states[i]
+        for (rule, rows, _), state in zip(self._groups, self._states, strict=True):
+            own = losses[rows]
             decision = rule.decide(own, state, self._ops)
-            self._states[i] = rule.update(own, decision, state, self._ops)
+            for held, new in zip(state, rule.update(own, decision, state, self._ops), strict=True):
+                held.copy_(new)
             factor[rows] = decision.scale
             ceiling = decision.ceiling[:, 0]
             limit[rows] = torch.where(ceiling < rules.LARGEST_LOSS, ceiling, torch.inf)
@@ -148,14 +144,18 @@ class Limits:
             fraction[rows] = is_limited.sum(-1) / is_finite.sum(-1).clamp(min=1).to(fraction.dtype)
             if self._hubers:
                 values[rows] = decision.limited
-        for rule, rows in self._hubers:
+        for rule, rows, _ in self._hubers:
             factor[rows] *= rule.decide(values[rows], None, self._ops).scale
         return Limited(factor, limit, fraction)
 
+    def tensors(self) -> list[Tensor]:
+        """Return what the next update needs of this one."""
+        return [field for state in self._states for field in state]
+
     def write_back(self, limiters: Sequence[ALRC | None]) -> None:
         """Copy every state into the limiter of its run, in the order they were given."""
-        for (_, rows), state in zip(self._groups, self._states, strict=True):
-            for place, row in enumerate(rows.tolist()):
+        for (_, _, members), state in zip(self._groups, self._states, strict=True):
+            for place, row in enumerate(members):
                 limiter: Any = limiters[row]
                 for name, field in zip(state._fields, state, strict=True):
                     buffer = getattr(limiter, name)
@@ -173,4 +173,4 @@ def _grouped(found: Sequence[Any], device: torch.device) -> list[_Group]:
     for row, rule in enumerate(found):
         if rule is not None:
             members.setdefault(rule, []).append(row)
-    return [_Group(rule, torch.tensor(rows, device=device)) for rule, rows in members.items()]
+    return [_Group(rule, torch.tensor(rows, device=device), rows) for rule, rows in members.items()]

@@ -35,7 +35,7 @@ PRESETS = {
     },
     "unstable-lr": {
         "smoke": "seconds: all twelve cells, tiny, to see that everything works; the numbers mean nothing",
-        "quick": "half an hour on two cores with --pack 0: a quarter of the width, 20,000 updates, 3 seeds",
+        "quick": "half an hour on two cores with --pack 0: a quarter of the width, 20,000 updates, 5 seeds",
         "paper": "the authors' protocol, with 5 seeds: 100,000 updates at full width",
     },
     "batch-size": {

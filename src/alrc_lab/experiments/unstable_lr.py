@@ -74,7 +74,7 @@ class _Preset:
 
 _PRESETS = {
     "smoke": _Preset(2, Config(width=4, iterations=400, final_window=100)),
-    "quick": _Preset(3, Config(width=16, iterations=20_000, final_window=2_000, precision="bfloat16")),
+    "quick": _Preset(5, Config(width=16, iterations=20_000, final_window=2_000, precision="bfloat16")),
     "paper": _Preset(5, Config()),
 }
 

@@ -6,6 +6,7 @@ and telling errors is cli.py's business, how things look is live.py's.
 
 from __future__ import annotations
 
+import errno
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from alrc_lab.live import (
     say,
     states_table,
 )
+from alrc_lab.runner.folder import plain_errors
 
 MOST_ROWS = 500  # of a table that somebody may read
 
@@ -159,8 +161,8 @@ def sweep_study(
         workers: Runs at once; by default one for each core, of the whole cluster if there is one.
         address: Address of a Ray cluster; by default `ray` starts one on this machine.
         gpus_per_run: Part of a GPU that `ray` gives to a run on the device `cuda`.
-        pack: Runs that `processes` trains as one program, where the experiment can: faster for small networks, and
-            their numbers differ by rounding. 1 trains each alone, 0 takes as many as pay.
+        pack: Runs that train as one program, where the experiment can: faster for small networks, and their numbers
+            differ by rounding. 1 trains each alone, 0 takes as many as pay.
         dry_run: Stop after saying what would be run and how long it would take.
         json: Print one JSON document instead of text; progress goes to standard error.
     """
@@ -181,18 +183,18 @@ def sweep_study(
     folders = [root / "runs" / spec.folder_name for spec in specs]
     if not dry_run:
         folders = _prepare_runs(plan, specs, root)
-    states = [runner.inspect_run(folder) for folder in folders if folder.exists()]
-    waiting = len(specs) - sum(state.is_done for state in states)
+    states = [runner.inspect_run(folder) for folder in folders]
     limit = workers
     workers, threads = _share_cores(executor, workers, address)
     document = {"study": study, "preset": preset, "folder": str(root), "data": plan.study["data"]}
     document |= {"executor": executor, "workers": workers, "threads": threads, "total": len(plan.runs), "pack": pack}
-    document |= _announce(console, plan, waiting, workers, threads)
+    told, seconds = _announce(console, plan, states, workers, threads, pack)
+    document |= told
     if dry_run:
         say(console, "dry run: nothing was started and nothing written")
         return finish(json, document | {"dry_run": True})
 
-    view = RunsView(console, states, workers)
+    view = RunsView(console, states, workers, seconds={folders[place]: cost for place, cost in seconds.items()})
     interrupted = False
     try:
         with view:
@@ -328,9 +330,14 @@ def _prepare_runs(plan: Any, specs: list[runner.RunSpec], root: Path) -> list[Pa
     return [runner.prepare(spec, root) for spec in specs]
 
 
-def _announce(console: Console, plan: Any, waiting: int, workers: int, threads: int) -> dict[str, Any]:
-    """Say what will be run and how long it will take; return the same as JSON."""
+def _announce(
+    console: Console, plan: Any, states: list[runner.RunState], workers: int, threads: int, pack: int
+) -> tuple[dict[str, Any], dict[int, float]]:
+    """Say what will be run and how long it will take; return the same as JSON, and what each run costs by its place."""
     total = len(plan.runs)
+    waiting = [place for place, state in enumerate(states) if not state.is_done]
+    documents = [{} if states[place].state == "failed" else plan.runs[place] for place in waiting]
+    packs = [[waiting[i] for i in members] for members in runner.packing.group(documents, pack or None, workers)]
     titles = {panel["id"]: panel["title"] for panel in plan.study["panels"]}
     cells = [
         {
@@ -343,24 +350,34 @@ def _announce(console: Console, plan: Any, waiting: int, workers: int, threads: 
         for cell in plan.study["cells"]
     ]
     console.print(cells_table(cells))
-    say(console, f"{total} runs in {len(cells)} cells · {workers} at once · threads each: {threads}")
-    if waiting < total:
-        say(console, f"{total - waiting} of {total} runs are already done")
+    largest = max((len(members) for members in packs), default=1)
+    what = f", packs of up to {largest} runs" * (largest > 1)
+    say(console, f"{total} runs in {len(cells)} cells · {workers} at once{what} · threads each: {threads}")
+    if len(waiting) < total:
+        say(console, f"{total - len(waiting)} of {total} runs are already done")
     if not waiting:
-        return {"cells": cells, "estimate": None}
+        return {"cells": cells, "packs": [], "estimate": None}, {}
     say(console, "timing a few steps of each kind of run …")
-    estimate = plan.estimate(workers, threads)
-    say(console, f"estimate for all {total} runs on this machine: about {duration(estimate.seconds)}")
+    estimate = plan.estimate(workers, threads, packs, {place: states[place].step for place in waiting})
+    which = f"all {total} runs" if len(waiting) == total else f"what is left, {len(waiting)} runs,"
+    say(console, f"estimate for {which} on this machine: about {duration(estimate.seconds)}")
     for line in estimate.detail:
         say(console, f"  {line}")
-    return {"cells": cells, "estimate": {"seconds": estimate.seconds, "detail": list(estimate.detail)}}
+    told = {"seconds": estimate.seconds, "runs": len(waiting), "detail": list(estimate.detail)}
+    return {"cells": cells, "packs": [len(members) for members in packs], "estimate": told}, estimate.runs
 
 
 def _report(console: Console, root: Path) -> dict[str, Any]:
     """Write the report of a study, print its table, which ends with the report's path, and return both as JSON."""
     from alrc_lab import report  # loads matplotlib, a second that no other command needs
 
-    index = report.build(root)
+    try:
+        index = report.build(root)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        with plain_errors(root / "report"):
+            raise
     results = report.load(root)
     console.print(report.render_text(results))
     return {"report": str(index), "results": report.to_json(results)}

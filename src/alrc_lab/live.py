@@ -152,31 +152,44 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def remaining_s(states: Sequence[RunState], workers: int) -> float | None:
-    """Estimate the wall time that is left from the steps that are left and the measured rates.
+def remaining_s(states: Sequence[RunState], workers: int, seconds: Mapping[Path, float] | None = None) -> float | None:
+    """Estimate the wall time that is left: what is left in total, by how fast all that run get on together now.
 
-    A run that has not been measured counts at the mean cost of those that have, and one that has not said how long
-    it is counts at their mean length. The longest single run is a floor: it cannot be shared among workers.
+    Work is counted in the seconds that it was estimated to keep a worker busy, so that neither packs nor updates of
+    different cost are mixed up; without an estimate all updates count alike. The pace is what is seen, so a busy
+    machine is too; the assumption is that what waits goes on at it. The longest run at work cannot be shared.
 
     Args:
         states: Every run of the sweep.
-        workers: How many runs go at once, 1 or more.
+        workers: How many packs, of one run or more, go at once, 1 or more.
+        seconds: Seconds that whole runs were estimated to keep a worker busy, by folder.
 
     Returns:
         Seconds, or None while nothing has been measured.
     """
-    costs = [1 / state.steps_per_s for state in states if state.steps_per_s]
     lengths = [state.total for state in states if state.total]
-    if not costs or not lengths:
+    if not lengths and not seconds:
         return None
-    typical_cost, typical_length = sum(costs) / len(costs), sum(lengths) / len(lengths)
-    left = [
-        max((state.total or typical_length) - state.step, 0)
-        * (1 / state.steps_per_s if state.steps_per_s else typical_cost)
-        for state in states
-        if state.state not in OVER
-    ]
-    return max(sum(left) / workers, max(left, default=0.0))
+    typical = sum(lengths) / len(lengths) if lengths else 0.0
+
+    def work(state: RunState) -> float:
+        return seconds.get(state.folder, 0.0) if seconds else state.total or typical
+
+    def left(state: RunState) -> float:
+        return work(state) * (max(1 - state.step / state.total, 0.0) if state.total else 1.0)
+
+    waiting = [state for state in states if state.state not in OVER]
+    running = [state for state in waiting if state.state == "running"]
+    paces = [work(state) * state.steps_per_s / state.total for state in running if state.steps_per_s and state.total]
+    if sum(paces):
+        at_work = max(len(running), min(workers, len(waiting)))  # those without a rate yet are as fast as the others
+        pace = sum(paces) * at_work / len(paces)
+        longest = max((run.total - run.step) / run.steps_per_s for run in running if run.steps_per_s and run.total)
+        return max(sum(map(left, waiting)) / pace, longest)
+    if seconds:
+        return sum(map(left, waiting)) / workers
+    costs = [1 / state.steps_per_s for state in states if state.steps_per_s]
+    return sum(map(left, waiting)) * sum(costs) / len(costs) / workers if costs else None
 
 
 def outcome(state: RunState) -> str:
@@ -198,7 +211,8 @@ class RunsView:
     Args:
         console: Where to draw.
         states: The states before the start; what was over by then is not announced again.
-        workers: How many runs go at once; needed for the time left.
+        workers: How many runs, or packs of them, go at once; needed for the time left.
+        seconds: Seconds that each run was estimated to keep a worker busy from now on, by folder; for the time left.
         line_every_s: Seconds between plain lines.
         clock: Source of time in seconds; tests give their own.
     """
@@ -209,11 +223,14 @@ class RunsView:
         states: Sequence[RunState],
         workers: int,
         *,
+        seconds: Mapping[Path, float] | None = None,
         line_every_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
         self._workers = workers
+        made = {state.folder: state.step / state.total for state in states if state.total and state.step < state.total}
+        self._seconds = {folder: cost / (1 - made.get(folder, 0.0)) for folder, cost in (seconds or {}).items()}
         self._line_every_s = line_every_s
         self._clock = clock
         self._started = self._last_line = clock()
@@ -271,7 +288,7 @@ class RunsView:
 
     def _time_left(self, states: Sequence[RunState]) -> str:
         """Say how long it will still take, or that nobody knows yet."""
-        left = remaining_s(states, self._workers)
+        left = remaining_s(states, self._workers, self._seconds)
         return "time left not known yet" if left is None else f"about {duration(left)} left"
 
     def _draw_bars(self, states: Sequence[RunState]) -> None:

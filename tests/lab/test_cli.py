@@ -83,9 +83,27 @@ def plan(preset, *, data=None, seeds=None):
                          "name": name_of(config), "cell": end, "seed": seed})
     study = {"study": "specimens", "preset": preset, "title": "Specimens", "question": "Do they?", "data": INPUTS,
              "panels": [{"id": "p", "title": "Panel"}], "cells": cells, "differences": [], "notes": []}
-    estimate = lambda workers, threads: SimpleNamespace(seconds=365.0, detail=["width 1: 2 ms a step"])
+    def estimate(workers, threads, packs, steps):
+        told = [f"width 1: 2 ms a step, packs {packs}, steps {steps}"]
+        return SimpleNamespace(seconds=365.0, detail=told, runs={place: 1.0 for pack in packs for place in pack})
+
     return SimpleNamespace(study=study, runs=runs, default_out=f"results/specimens-{preset}", estimate=estimate)
 '''
+
+TOGETHER = """
+
+def pack_key(config):
+    return "all"
+
+
+def largest_pack(config):
+    return 3
+
+
+def run_together(configs, recorders):
+    for place, (config, recorder) in enumerate(zip(configs, recorders, strict=True)):
+        yield place, run(config, recorder)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -314,6 +332,8 @@ class TestSweep:
         assert sweep("--out", "here") == 0
         shown = capsys.readouterr().out
         assert "2 of 4 runs are already done" in shown
+        assert "estimate for what is left, 2 runs, on this machine: about 6 min 05 s" in shown
+        assert "packs [[2], [3]]" in shown
         assert "specimen-finish-s0:" not in shown, "announced a run that had been done before"
         assert sweep("--out", "here") == 0
         shown = capsys.readouterr().out
@@ -330,6 +350,29 @@ class TestSweep:
         shown = capsys.readouterr().out
         assert "16 runs in 2 cells" in shown
         assert "about 6 min 05 s" in shown
+
+    def test_an_estimate_knows_packs_and_what_is_left(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("../specimen.py").write_text(SPECIMEN + TOGETHER, encoding="utf-8")
+        words = ["--pack", "0", "--out", "here"]
+        assert sweep("--dry-run", *words, data=["finish", "diverge", "fail"]) == 0
+        shown = capsys.readouterr().out
+        assert "6 runs in 3 cells · 1 at once, packs of up to 3 runs · threads" in shown
+        assert "packs [[0, 1, 2], [3, 4, 5]]" in shown
+        assert sweep("--seeds", "1", *words, data=["finish", "diverge", "fail"]) == 1
+        capsys.readouterr()
+        assert sweep("--dry-run", "--json", *words, data=["finish", "diverge", "fail"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["estimate"]["runs"] == 4
+        # What failed goes alone, and what is done is not counted.
+        assert "packs [[2], [3, 4, 5]], steps {2: 0, 3: 0, 4: 0, 5: 0}" in document["estimate"]["detail"][0]
+        assert document["packs"] == [1, 3]
+        assert sweep(*words, data=["finish", "diverge", "fail"]) == 1
+        packs = [
+            json.loads(path.read_text())["attempts"][-1].get("pack") for path in Path("here").glob("runs/*/env.json")
+        ]
+        assert sum(pack is not None and pack["number"] == 3 for pack in packs) == 4, (
+            "all but those that failed and were tried alone"
+        )
 
     def test_a_failure_does_not_end_the_sweep(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert sweep(data=["fail", "finish"]) == 1

@@ -6,56 +6,38 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import counting_experiment as counting
+import counting_together as together
 from alrc_lab import runner
-from alrc_lab.runner import RunSpec, packing
+from alrc_lab.runner import RunSpec, packing, recording
 from alrc_lab.runner.attempt import execute_together
 from counting_experiment import INPUTS, check_is_unbroken, prepared, read
 
 STARTS = (0.2, 0.3, 0.4, 0.5)
-COMPANION = '''
-"""Runs the counting experiment for several configs in turns, a block each."""
-
-import threading
-
-import counting_experiment as counting
-
-together = []
-
-
-def pack_key(config):
-    return None if config["say"] == "alone" else str(config["rate"])
-
-
-def largest_pack(config):
-    return 3
-
-
-def run_together(configs, recorders):
-    together.append(len(configs))
-    for place, (config, recorder) in enumerate(zip(configs, recorders, strict=True)):
-        yield place, counting.run(config, recorder)
-'''
 
 
 @pytest.fixture
-def companion(tmp_path, monkeypatch) -> Any:
-    """A module that counts together, importable here and in workers."""
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "counting_together.py").write_text(COMPANION)
-    monkeypatch.syspath_prepend(folder)
+def companion(monkeypatch) -> Any:
+    """The module that counts together; `numbers` tells how many did, each time."""
     monkeypatch.setattr(counting, "TOGETHER", "counting_together", raising=False)
-    monkeypatch.delitem(sys.modules, "counting_together", raising=False)
-    import counting_together
+    original = together.run_together
 
-    yield counting_together
-    sys.modules.pop("counting_together", None)
+    def run_together(configs, recorders):
+        together_module.numbers.append(len(configs))
+        yield from original(configs, recorders)
+
+    together_module: Any = together
+    monkeypatch.setattr(together_module, "numbers", [], raising=False)
+    monkeypatch.setattr(together_module, "run_together", run_together)
+    return together_module
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +99,7 @@ def test_impossible_numbers_are_named(number):
 def test_folders_of_a_pack_are_those_of_single_runs(tmp_path, companion):
     folders = [prepared(tmp_path, start=start) for start in STARTS]
     states = execute_together(folders, checkpoint_every_s=0.0)
-    assert companion.together == [4]
+    assert companion.numbers == [4]
     assert [state.folder for state in states] == folders
     for folder, start in zip(folders, STARTS, strict=True):
         check_is_unbroken(folder, start=start)
@@ -131,11 +113,18 @@ def test_folders_of_a_pack_are_those_of_single_runs(tmp_path, companion):
     assert counting.files(tmp_path / "runs") == before
 
 
+def test_how_a_pack_is_computed_is_noted_where_the_module_says_so(tmp_path, companion, monkeypatch):
+    monkeypatch.setattr(companion, "facts_of", lambda configs: {"way": f"{len(configs)} in turn"}, raising=False)
+    folders = [prepared(tmp_path, start=start) for start in STARTS]
+    execute_together(folders)
+    assert read(folders[0] / "env.json")["attempts"][0]["pack"]["way"] == "4 in turn"
+
+
 def test_a_run_executed_alone_says_nothing_of_a_pack(tmp_path, companion):
     folder = prepared(tmp_path)
     (state,) = execute_together([folder])
     assert state.state == "finished"
-    assert companion.together == []
+    assert companion.numbers == []
     assert "pack" not in read(folder / "env.json")["attempts"][0]
 
 
@@ -150,7 +139,8 @@ def test_a_failing_run_costs_its_company_time_and_nothing_else(tmp_path, compani
 
 
 def test_a_pack_that_is_stopped_leaves_finished_runs_done_and_the_others_resumable(tmp_path, companion, monkeypatch):
-    folders = [prepared(tmp_path, start=start) for start in STARTS]
+    numbers = (10, 60, 60, 60)
+    folders = [prepared(tmp_path, start=start, steps=n) for start, n in zip(STARTS, numbers, strict=True)]
     original = companion.run_together
 
     def stopped(configs, recorders):
@@ -171,15 +161,15 @@ def test_a_pack_that_is_stopped_leaves_finished_runs_done_and_the_others_resumab
         execute_together(folders, checkpoint_every_s=0.0)
     states = [runner.inspect_run(folder) for folder in folders]
     assert [(state.state, state.step) for state in states] == [
-        *(("finished", 60), ("interrupted", 20), ("interrupted", 0), ("interrupted", 0))
+        *(("finished", 10), ("interrupted", 20), ("interrupted", 19), ("interrupted", 19))
     ]
     monkeypatch.setattr(companion, "run_together", original)
     first = counting.files(folders[0])
     execute_together(folders)
-    assert companion.together == [4, 3], "the run that was done is not in the second pack"
+    assert companion.numbers == [4, 3], "the run that was done is not in the second pack"
     assert counting.files(folders[0]) == first
-    for folder, start in zip(folders, STARTS, strict=True):
-        check_is_unbroken(folder, start=start)
+    for folder, start, n in zip(folders, STARTS, numbers, strict=True):
+        check_is_unbroken(folder, start=start, steps=n)
 
 
 def test_a_folder_held_by_another_process_is_left_to_it(tmp_path, companion):
@@ -188,7 +178,7 @@ def test_a_folder_held_by_another_process_is_left_to_it(tmp_path, companion):
         assert is_mine
         states = execute_together(folders)
     assert [state.state for state in states] == ["finished", "running", "finished"]
-    assert companion.together == [2]
+    assert companion.numbers == [2]
 
 
 def test_changed_missing_and_unpackable_folders_are_states(tmp_path, companion):
@@ -203,11 +193,7 @@ def test_changed_missing_and_unpackable_folders_are_states(tmp_path, companion):
 
 
 def test_a_worker_process_executes_a_pack(tmp_path, companion):
-    (tmp_path / "modules" / "packed_entry.py").write_text(
-        "from counting_experiment import run\nTOGETHER = 'counting_together'\n"
-    )
-    specs = [RunSpec("packed_entry:run", counting.config(start=start, say="x"), None, (), "p") for start in STARTS[:2]]
-    folders = [runner.prepare(spec, tmp_path) for spec in specs]
+    folders = [together.prepared(tmp_path, start=start, say="x") for start in STARTS[:2]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "alrc_lab.runner.worker"]
     requests = [{"folders": [str(folder) for folder in folders]}, {"folder": str(folders[0])}]
@@ -221,9 +207,9 @@ def test_a_worker_process_executes_a_pack(tmp_path, companion):
             answers.append(json.loads(worker.stdout.readline()))
         worker.stdin.close()
     assert worker.returncode == 0
-    together, alone = answers
-    assert [state["state"] for state in together] == ["finished", "finished"]
-    assert alone == together[0]
+    packed, alone = answers
+    assert [state["state"] for state in packed] == ["finished", "finished"]
+    assert alone == packed[0]
     assert (folders[0] / "log.txt").read_text().count("x 60") == 2
     assert read(folders[1] / "env.json")["attempts"][0]["pack"]["number"] == 2
 
@@ -262,35 +248,79 @@ def test_twin_a_pack_that_mixes_its_runs_up_is_caught(tmp_path, companion, monke
 # --- sweeps ---
 
 
-def packed_folders(tmp_path: Any, **changes: Any) -> list[Any]:
-    """Folders whose entry point lies in a module that workers can import."""
-    (tmp_path / "modules" / "packed_entry.py").write_text(
-        "from counting_experiment import run\nTOGETHER = 'counting_together'\n"
-    )
-    specs = [
-        RunSpec("packed_entry:run", counting.config(start=start) | changes.get(str(start), {}), None, (), "p")
-        for start in STARTS
-    ]
-    return [runner.prepare(spec, tmp_path) for spec in specs]
+def packed_folders(root: Path, **changes: dict[str, Any]) -> list[Path]:
+    """Folders of runs that can train together in any process; changes by what they start with."""
+    return [together.prepared(root, start=start, **changes.get(str(start), {})) for start in STARTS]
 
 
-def test_a_sweep_packs_and_can_be_told_not_to(tmp_path, companion):
+@pytest.mark.parametrize("executor", ["inline", "processes"])
+def test_a_sweep_packs_and_can_be_told_not_to(tmp_path, executor):
     folders = packed_folders(tmp_path)
-    states = runner.sweep(folders, workers=1, largest_pack=4)
+    states = runner.sweep(folders, executor=executor, workers=1, largest_pack=4)
     assert [state.state for state in states] == ["finished"] * 4
     for folder, start in zip(folders, STARTS, strict=True):
         check_is_unbroken(folder, start=start)
-        assert read(folder / "env.json")["attempts"][0]["pack"]["number"] == 4
-    others = packed_folders(tmp_path, **{"0.2": {"steps": 61}})
-    runner.sweep(others, workers=1, largest_pack=1)
-    assert "pack" not in read(others[0] / "env.json")["attempts"][0]
+        (attempt,) = read(folder / "env.json")["attempts"]
+        assert (attempt["pack"]["number"], attempt["executor"]) == (4, executor)
+    other, *_ = packed_folders(tmp_path, **{"0.2": {"steps": 61}})
+    runner.sweep([other, *packed_folders(tmp_path / "other")], executor=executor, workers=1, largest_pack=1)
+    assert "pack" not in read(other / "env.json")["attempts"][0]
 
 
-def test_a_worker_that_dies_costs_its_pack_until_the_command_is_repeated(tmp_path, companion):
-    folders = packed_folders(tmp_path, **{"0.3": {"kill_at": 9}})
+def test_a_worker_that_dies_costs_its_pack_until_the_command_is_repeated(tmp_path):
+    folders = packed_folders(tmp_path, **{"0.3": {"kill_at": 9}, "0.2": {"steps": 5}})
     states = runner.sweep(folders, workers=1, largest_pack=4)
     assert [state.state for state in states] == ["finished", "failed", "failed", "failed"]
     assert all("SIGKILL" in state.message for state in states[1:])
     runner.sweep(folders[2:], workers=1)
     for folder, start in list(zip(folders, STARTS, strict=True))[2:]:
         check_is_unbroken(folder, start=start)
+        assert "pack" not in read(folder / "env.json")["attempts"][1]
+
+
+# --- time ---
+
+
+def test_a_run_in_company_takes_its_share_of_the_time(tmp_path, companion, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(recording, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    # An update of each in turn takes 6 s with three at work and 4 s with two: 20 rounds, 10 rounds, 30 alone of 2 s.
+    folders = [
+        prepared(tmp_path, start=start, steps=steps, sleep_s=2.0)
+        for start, steps in zip(STARTS, (20, 30, 60), strict=False)
+    ]
+    states = execute_together(folders, checkpoint_every_s=1e9)
+    shares = [state.wall_s for state in states]
+    assert shares == pytest.approx([40, 60, 120], abs=4)
+    assert sum(shares) == pytest.approx(2.0 * (20 + 30 + 60), abs=0.01), "nothing is counted twice or left out"
+    alone = prepared(tmp_path, start=0.9, steps=20, sleep_s=2.0)
+    assert runner.execute(alone, checkpoint_every_s=1e9).wall_s == pytest.approx(40)
+
+
+def test_a_share_survives_the_pack(tmp_path, companion, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(recording, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    folders = [prepared(tmp_path, start=start, steps=20, sleep_s=2.0, raise_at=10) for start in STARTS]
+    states = execute_together(folders, checkpoint_every_s=0.0)  # each fails together and alone, both at 10
+    assert [state.state for state in states] == ["failed"] * 4
+    latest = [read(folder / "checkpoint" / "latest.json") for folder in folders]
+    assert [document["step"] for document in latest] == [9] * 4
+    assert sum(document["wall_s"] for document in latest) == pytest.approx(2.0 * 9 * 4, abs=8)
+
+
+# --- before there are folders ---
+
+
+def test_runs_are_grouped_before_they_have_folders_as_they_are_afterwards(tmp_path):
+    specs = [
+        RunSpec(together.ENTRY, counting.config(start=start, rate=rate), None, (), "p")
+        for start in STARTS
+        for rate in (3.8, 3.9)
+    ]
+    folders = [runner.prepare(spec, tmp_path) for spec in specs]
+    for options in ({}, {"workers": 3}, {"largest": 4}, {"largest": 1}):
+        places = packing.group([spec.to_json() for spec in specs], **options)
+        assert [[folders[place] for place in part] for part in places] == packing.pack(folders, **options)
+    assert packing.group([{}, specs[0].to_json(), specs[2].to_json()], 4) == [[0], [1, 2]]

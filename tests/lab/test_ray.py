@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 import counting_experiment as counting
+import counting_together as together
 from alrc_lab import runner
 from alrc_lab.runner import RunSpec, executors
 from counting_experiment import check_is_unbroken, prepared, read
@@ -152,6 +153,88 @@ def test_workers_that_are_killed_lose_nothing_and_the_numbers_are_those_of_proce
         assert mine.keys() == theirs.keys()
         for column in mine:
             np.testing.assert_array_equal(mine[column], theirs[column])
+
+
+def test_packs_survive_killed_workers_with_the_numbers_of_processes(tmp_path, address):
+    """Two packs at work, one loses its Ray worker and the other its own process; each resumes as the pack it was."""
+    slow = {"steps": 400, "sleep_s": 0.002, "block": 2, "say": "at"}
+
+    def many(place: str, **changes) -> list[Path]:
+        starts = [(start, rate) for rate in (3.8, 3.9) for start in STARTS]
+        return [together.prepared(tmp_path / place, start=s, rate=r, **(slow | changes)) for s, r in starts]
+
+    folders = many("ray")
+    thread, states = sweep_in_thread(folders, address=address, largest_pack=4)
+    # A group of four is shared out between two workers, here as there.
+    to_kill = {0: lambda worker: worker.parent().kill(), 2: lambda worker: worker.kill()}
+
+    def killed_both() -> bool:
+        for place in list(to_kill):
+            if all(map(has_checkpoint, folders[place : place + 2])):
+                to_kill.pop(place)(psutil.Process(attempts(folders[place])[0]["pid"]))
+        return not to_kill
+
+    wait_until(killed_both)
+    thread.join()
+    assert [(state.state, state.folder) for state in states] == [("finished", folder) for folder in folders]
+
+    others = many("processes", sleep_s=0.0)
+    runner.sweep(others, workers=2, largest_pack=4)
+    for place, (folder, other) in enumerate(zip(folders, others, strict=True)):
+        mates = [mate.name for mate in folders[place // 2 * 2 : place // 2 * 2 + 2]]
+        tried = attempts(folder)
+        assert [attempt["pack"]["runs"] for attempt in tried] == [mates] * (2 if place < 4 else 1)
+        assert {(attempt["executor"], attempt["threads"]) for attempt in tried} == {("ray", 1)}
+        assert attempts(other)[0]["pack"]["runs"] == mates
+        mine, theirs = runner.read_metrics(folder), runner.read_metrics(other)
+        assert runner.inspect_run(folder).summary == runner.inspect_run(other).summary
+        for column in mine:
+            np.testing.assert_array_equal(mine[column], theirs[column])
+        assert not (folder / "failure.json").exists()
+    for folder in folders[::2]:  # all went on, and none began again
+        assert (folder / "log.txt").read_text().splitlines().count("at 1") == 2
+
+
+def test_a_pack_whose_program_fails_tries_its_runs_alone_and_one_that_kills_is_given_up(tmp_path, address):
+    failing = [together.prepared(tmp_path, start=s, raise_at=9 if s == 0.3 else None) for s in STARTS]
+    deadly = [together.prepared(tmp_path, start=s, rate=3.8, kill_at=9 if s == 0.3 else None) for s in STARTS]
+    states = runner.sweep([*failing, *deadly], executor="ray", address=address, workers=1, largest_pack=4)
+    assert [state.state for state in states[:4]] == ["finished", "failed", "finished", "finished"]
+    assert states[1].message == "ArithmeticError: raised at 9"
+    assert [len(attempts(folder)) for folder in failing] == [2] * 4
+    assert [state.state for state in states[4:]] == ["failed"] * 4
+    assert all("SIGKILL" in state.message and "given up after 4 attempts" in state.message for state in states[4:])
+    again = runner.sweep(deadly, executor="ray", address=address, largest_pack=4)  # each alone
+    assert [state.state for state in again] == ["finished", "failed", "finished", "finished"]
+    for folder, start in zip(deadly, STARTS, strict=True):
+        assert "pack" not in attempts(folder)[-1]
+        if start != 0.3:
+            check_is_unbroken(folder, start=start, rate=3.8)
+
+
+def test_a_pack_asks_for_a_part_of_a_gpu_once(tmp_path, address):
+    folders = [together.prepared(tmp_path, start=start, device="cuda", **SLOW) for start in STARTS]
+    pool = executors.get("ray", None, 1, address=address, gpus_per_run=0.5)
+    assert pool.at_once(folders) == 2
+    assert pool.at_once([prepared(tmp_path)]) == 2
+    pool.shutdown()
+    pool = executors.get("ray", 1, 1, address=address, gpus_per_run=1.0)
+    assert pool.at_once(folders) == 1
+    pool.shutdown()
+    seen: dict[Path, str] = {}
+
+    def seen_all() -> bool:
+        for folder in folders:
+            if folder not in seen and has_checkpoint(folder):
+                seen[folder] = psutil.Process(attempts(folder)[0]["pid"]).environ()["CUDA_VISIBLE_DEVICES"]
+        return len(seen) == 4
+
+    thread, states = sweep_in_thread(folders, address=address, gpus_per_run=0.5, largest_pack=2)
+    wait_until(seen_all)
+    thread.join()
+    assert set(seen.values()) == {"0"}
+    assert [state.state for state in states] == ["finished"] * 4
+    assert [attempts(folder)[0]["pack"]["number"] for folder in folders] == [2] * 4
 
 
 def test_a_run_that_kills_every_worker_is_given_up_and_the_others_end(tmp_path, address):

@@ -17,6 +17,7 @@ import pytest
 import counting_experiment as counting
 from alrc_lab import runner
 from alrc_lab.runner import RunSpec
+from alrc_lab.runner import attempt as attempt_module
 from counting_experiment import INPUTS, files, prepared, read, spec
 
 
@@ -63,6 +64,27 @@ def test_a_run_leaves_exactly_the_files_of_the_contract(tmp_path):
     np.testing.assert_array_equal(found["x"], column)
     np.testing.assert_array_equal(found["x32"], column.astype(np.float32))
     np.testing.assert_array_equal(found["step"], np.arange(1, 61))
+
+
+def test_asking_for_the_commit_leaves_the_repository_alone(tmp_path, monkeypatch):
+    """A run that is killed while git refreshes its index would leave the index locked."""
+
+    def git(*arguments: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", "-C", tmp_path, *names, *arguments], check=True, capture_output=True).stdout
+
+    here, index = tmp_path / "code.py", tmp_path / ".git" / "index"
+    here.write_text("1")
+    git("init", "-q")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "One")
+    os.utime(here, (1, 1))  # as it was, but git must look
+    before = index.stat().st_ino
+    monkeypatch.setattr(attempt_module, "__file__", str(here))
+    assert attempt_module._git_state()["is_dirty"] is False
+    assert index.stat().st_ino == before
+    git("status", "--porcelain")  # known wrong: writes a new index, through a lock
+    assert index.stat().st_ino != before
 
 
 def test_a_done_run_is_left_untouched(tmp_path):

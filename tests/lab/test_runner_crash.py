@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from alrc_lab import runner
-from alrc_lab.runner import MetricsWriter, executors, recording
+from alrc_lab.runner import MetricsWriter, executors, recording, worker_process
 from counting_experiment import check_is_unbroken, files, prepared, read
 
 EXECUTE = "runner.execute(folders[0], checkpoint_every_s=0.05)"
@@ -248,7 +248,7 @@ def test_a_run_that_will_not_stop_is_killed_after_the_time_of_grace(tmp_path, mo
     pool = executors.get("processes", 1, 1)
     future = pool.submit(folder)
     wait_until(lambda: is_counting(folder))
-    monkeypatch.setattr(executors, "_GRACE_S", 0.3)
+    monkeypatch.setattr(worker_process, "_GRACE_S", 0.3)
     started = time.monotonic()
     pool.shutdown(cancel=True)
     assert 0.3 <= time.monotonic() - started < 4.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 
 import counting_experiment as counting
+import counting_together as together
 import soaking
 from alrc_lab import runner
 from counting_experiment import check_is_unbroken, files, prepared, read
 
 SEEDS = 3  # of each cell; one of them is long
+
+EXECUTORS = ["inline", "processes", pytest.param("ray", marks=pytest.mark.dist)]
 
 # A small disk of its own: in a mount namespace, so that nobody else sees it and it goes with the process.
 ON_A_SMALL_DISK = """
@@ -59,8 +63,30 @@ def sweep_on_small_disk(place: Path, size: str, executor: str, *, then: str = ""
     """Copy place.before to a disk of a size, sweep there, copy what is left to place.after; what the sweep said."""
     place.mkdir(exist_ok=True)
     script = ON_A_SMALL_DISK.format(size=size, then=then)
+    if executor == "ray":
+        pytest.importorskip("ray", reason="ray is not installed")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # none in anybody's home
     command = ["unshare", "-rm", "sh", "-c", script, "sh", str(place), sys.executable, SWEEP.format(executor=executor)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def commands_on_small_disk(place: Path, then: str) -> list[tuple[int, str, str]]:
+    """Do `alrc status` and `alrc report` there; exit code, standard output and standard error of each."""
+    place.mkdir()
+    code = (
+        "import json, subprocess, sys\n"
+        "def ask(name):\n"
+        "    command = [sys.executable, '-m', 'alrc_lab', name, sys.argv[1]]\n"
+        "    done = subprocess.run(command, capture_output=True, text=True)\n"
+        "    return done.returncode, done.stdout, done.stderr\n"
+        "print(json.dumps([ask('status'), ask('report')]))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    script = ON_A_SMALL_DISK.format(size="512k", then=then)
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", str(place), sys.executable, code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -99,7 +125,7 @@ def test_twin_what_is_lost_corrupt_or_different_is_found(tmp_path):
 
 
 @needs_mount
-@pytest.mark.parametrize("executor", ["inline", "processes"])
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_disk_that_becomes_full_fails_the_run_in_one_sentence_and_it_goes_on_elsewhere(tmp_path, executor):
     folder = prepared(tmp_path / "disk.before", steps=4000, block=1)
     said = sweep_on_small_disk(tmp_path / "disk", "256k", executor)
@@ -119,7 +145,7 @@ def test_a_disk_that_becomes_full_fails_the_run_in_one_sentence_and_it_goes_on_e
 
 
 @needs_mount
-@pytest.mark.parametrize("executor", ["inline", "processes"])
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_folder_that_may_only_be_read_is_told_in_one_sentence_and_stays_as_it_was(tmp_path, executor):
     waiting, broken = prepared(tmp_path / "disk.before"), prepared(tmp_path / "disk.before", raise_at=40)
     runner.execute(broken, checkpoint_every_s=0.0)
@@ -144,18 +170,46 @@ def test_a_place_that_may_only_be_read_is_told_before_anything_runs(tmp_path):
     )
 
 
+@needs_mount
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        ('mount -o remount,ro "$1"', "Read-only file system; the file system is read-only: choose another folder"),
+        (
+            'head -c 1m /dev/zero > "$1/ballast" || true',
+            "No space left on device; free some space, then repeat the command",
+        ),
+    ],
+)
+def test_status_works_on_a_disk_that_takes_nothing_and_report_says_why_not(tmp_path, then, reason):
+    root = tmp_path / "disk.before"
+    folders = list(soaking.prepare(root, 1, 0.0))
+    runner.execute(folders[0])
+    before = files(root)
+    status, report = commands_on_small_disk(tmp_path / "disk", then)
+    assert (status[0], status[2]) == (0, "")
+    assert "runs: 1 finished, 1 pending" in status[1]
+    assert report[0] == 2
+    assert report[2].count("\n") == 1
+    assert f"cannot write {tmp_path / 'disk' / 'report'}: {reason}" in report[2]
+    after = files(tmp_path / "disk.after")
+    assert {name: content for name, content in after.items() if name in before} == before
+
+
 # --- two drivers ------------------------------------------------------------------------------------------------------
 
 
-def test_two_sweeps_of_the_same_folders_do_each_run_once(tmp_path):
+@pytest.mark.parametrize(("executor", "pack"), [("inline", 1), ("processes", 1), ("processes", 3)])
+def test_two_sweeps_of_the_same_folders_do_each_run_once(tmp_path, executor, pack):
     starts = (0.2, 0.3, 0.4)
-    folders = [prepared(tmp_path, start=start, steps=150, sleep_s=0.005) for start in starts]
+    folders = [together.prepared(tmp_path, start=start, steps=150, sleep_s=0.005) for start in starts]
     code = (
         "import sys, json; from pathlib import Path; from alrc_lab import runner;"
-        "states = runner.sweep(map(Path, sys.argv[1:]), executor='inline', checkpoint_every_s=0.05);"
+        "states = runner.sweep(map(Path, sys.argv[3:]), executor=sys.argv[1], workers=1, checkpoint_every_s=0.05,"
+        " largest_pack=int(sys.argv[2]));"
         "print(json.dumps([[state.state, state.message] for state in states]))"
     )
-    command = [sys.executable, "-c", code, *map(str, folders)]
+    command = [sys.executable, "-c", code, executor, str(pack), *map(str, folders)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen(command, **pipes) as one, subprocess.Popen(command, **pipes) as other:

@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 
 from alrc_lab import report, runner
+from alrc_lab.runner import packing
 
 pytest.importorskip("torch", reason="the experiment trains with torch")
+import torch
+
 from alrc_lab.experiments import cifar10_supersampling as experiment
-from alrc_lab.experiments import table1
+from alrc_lab.experiments import supersampling_study, table1
+from alrc_lab.experiments.cifar10_supersampling import Config
 
 
 def test_paper_is_the_published_table() -> None:
@@ -114,6 +118,48 @@ def test_estimate_adds_up() -> None:
     assert one.seconds > 0
     assert 0.2 < two.seconds / one.seconds < 2, "half of it, up to the noise of a busy machine"
     assert "3,840 updates" in one.detail[0]
+    assert "packs" not in one.detail[0]
+
+
+def test_estimate_knows_packs_what_is_left_and_what_costs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str, int]] = []
+
+    def measured(config: Config, replicas: int = 1) -> float:
+        asked.append((config.batch_size, config.optimizer, replicas))
+        return 0.001 * config.batch_size / replicas
+
+    monkeypatch.setattr(supersampling_study, "measure_step_s", measured)
+    plan = table1.plan("medium", data="embedded", seeds=4)
+    packs = packing.group(plan.runs, None, 2)
+    estimate = plan.estimate(2, 1, packs)
+    assert asked == [(1, "adam", 8), (4, "adam", 4), (16, "adam", 1), (64, "adam", 1)]
+    assert estimate.detail[0] == (
+        "width 16, batch 1, bfloat16: 0.1 ms a run's update in packs of 8 × 320,000 updates, on 1 thread"
+    )
+    assert estimate.detail[2] == "width 16, batch 16, bfloat16: 16.0 ms an update × 320,000 updates, on 1 thread"
+    of_batch = {batch: sum(run["config"]["batch_size"] == batch for run in plan.runs) for batch in (1, 4, 16, 64)}
+    costs = {1: 1 / 8, 4: 1.0, 16: 16.0, 64: 64.0}
+    total = sum(10 * costs[batch] * number for batch, number in of_batch.items())
+    assert estimate.seconds == pytest.approx(total / 2)
+    assert sum(estimate.runs.values()) == pytest.approx(total)
+
+    some = plan.estimate(2, 1, packs[-2:], {packs[-1][0]: 2_500})
+    assert sorted(some.runs.values()) == pytest.approx([480, 640])
+    assert some.seconds == pytest.approx(640), "one worker waits for the other"
+    variants = table1.plan("variants", data="embedded")
+    assert len(variants.estimate(2, 1).detail) == 1, "what ALRC it is makes no kind of its own"
+
+
+def test_a_pack_is_timed_in_its_own_way() -> None:
+    config = Config(width=8, iterations=1, num_stddev=3.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone, together = (supersampling_study.measure_step_s(config, number, 0.0) for number in (1, 3))
+    finally:
+        torch.set_num_threads(before)
+    assert alone > 0
+    assert together > 0
 
 
 def test_a_run_that_diverges_is_a_result_and_stands_in_the_table(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def run(config: dict[str, Any], recorder: Any) -> dict[str, Any]:
     """Iterate x ← rate·x·(1−x) and log every x."""
+    *_, outcome = updates_of(config, recorder)
+    assert outcome is not None
+    return outcome
+
+
+def updates_of(config: dict[str, Any], recorder: Any) -> Iterator[dict[str, Any] | None]:
+    """Do what `run` does, an update at a time; what comes last is what `run` returns."""
     step, x, total = 0, config["start"], 0.0
     found = recorder.resume()
     if found is not None:
@@ -85,14 +93,16 @@ def run(config: dict[str, Any], recorder: Any) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == config["diverge_at"]:
             log()
-            return {"diverged_at": step, "summary": {"last": float("nan"), "mean": total / step}}
+            yield {"diverged_at": step, "summary": {"last": float("nan"), "mean": total / step}}
+            return
         if recorder.is_checkpoint_due():
             log()
             state = json.dumps({"step": step, "x": x, "total": total})
             recorder.checkpoint(step, lambda path, state=state: Path(path).write_text(state))
+        yield None
     log()
     print("counted", file=sys.stderr)
-    return {"diverged_at": None, "summary": {"last": x, "mean": total / config["steps"]}}
+    yield {"diverged_at": None, "summary": {"last": x, "mean": total / config["steps"]}}
 
 
 def expected(config: dict[str, Any]) -> tuple[np.ndarray, dict[str, float]]:

@@ -21,16 +21,18 @@ import psutil
 from rich.console import Console
 
 import counting_experiment as counting
+import counting_together as together
 from alrc_lab import report, runner
 
 CELLS = {"slow": 3.7, "fast": 3.9}  # rate of the recursion by cell
 SHORT, LONG = {"steps": 400, "block": 5}, {"steps": 20_000, "block": 5}
-SLEEP_S = 0.004  # per step while there are kills to come; it does not belong to a run's identity
+SLEEP_S = 0.01  # per step while there are kills to come; it does not belong to a run's identity
 SWEEP = (
     "import sys; from pathlib import Path; from alrc_lab import runner;"
-    "runner.sweep(map(Path, sys.argv[4:]), executor=sys.argv[1], workers=int(sys.argv[2]),"
-    " address=sys.argv[3] or None, checkpoint_every_s=0.05)"
+    "runner.sweep(map(Path, sys.argv[5:]), executor=sys.argv[1], workers=int(sys.argv[2]),"
+    " address=sys.argv[3] or None, largest_pack=int(sys.argv[4]), checkpoint_every_s=0.05)"
 )
+STARTING = 0.2  # share of the kills of a driver that it gets although it has nothing at work yet; else it never would
 PATIENCE_S = 300.0
 
 
@@ -45,7 +47,9 @@ def prepare(root: Path, seeds: int, sleep_s: float) -> dict[Path, dict[str, Any]
     for cell, rate in CELLS.items():
         for seed in range(1, seeds + 1):
             changes = (LONG if seed % 3 == 0 else SHORT) | {"rate": rate, "start": 0.2 + 0.01 * seed}
-            folder = runner.prepare(counting.spec(inputs=counting.INPUTS, sleep_s=sleep_s, **changes), root)
+            config = counting.config(sleep_s=sleep_s, **changes)
+            spec = runner.RunSpec(together.ENTRY, config, counting.INPUTS, counting.EXCLUDED, "count")
+            folder = runner.prepare(spec, root)
             settings[folder] = changes
             runs.append({"folder": f"runs/{folder.name}", "cell": cell, "seed": seed})
     study = {
@@ -90,6 +94,7 @@ def soak(
     kills: int,
     *,
     executor: str = "processes",
+    pack: int = 1,
     address: str = "",
     seeds: int = 9,
     dice: int = 0,
@@ -101,6 +106,7 @@ def soak(
         root: Folder of the study; must be new.
         kills: How many signals are sent to a driver or a worker.
         executor: `processes` or `ray`.
+        pack: Runs that train together at most.
         address: Address of the cluster for `ray`.
         seeds: Runs of each of the two cells.
         dice: Seed of who is killed when.
@@ -110,8 +116,10 @@ def soak(
         How often whom was sent what.
     """
     rng = random.Random(dice)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell lets what it starts with & ignore it, and children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folders = list(prepare(root, seeds, SLEEP_S))
-    command = [sys.executable, "-c", SWEEP, executor, "2", address, *map(str, folders)]
+    command = [sys.executable, "-c", SWEEP, executor, "2", address, str(pack), *map(str, folders)]
     options = {"env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, "start_new_session": True}
     sent: Counter[str] = Counter()
     started = time.monotonic()
@@ -124,7 +132,7 @@ def soak(
                 driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
             workers = workers_of(folders)
             who = rng.choice(("driver", "worker", "worker", *(("ray worker",) * (executor == "ray"))))
-            if who != "driver" and not workers:
+            if not workers and (who != "driver" or rng.random() > STARTING):
                 continue
             number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT if who == "driver" else signal.SIGTERM))
             pid = driver.pid if who == "driver" else rng.choice(workers)
@@ -151,9 +159,10 @@ def soak(
 
 
 def workers_of(folders: list[Path]) -> list[int]:
-    """Return the processes that execute one of the folders now."""
+    """Return the processes that execute folders now."""
     states = [(folder, runner.inspect_run(folder).state) for folder in folders]
-    return [counting.read(folder / "env.json")["attempts"][-1]["pid"] for folder, state in states if state == "running"]
+    at_work = [folder for folder, state in states if state == "running"]
+    return sorted({counting.read(folder / "env.json")["attempts"][-1]["pid"] for folder in at_work})
 
 
 def problems(root: Path, undisturbed: Path, seeds: int = 9) -> list[str]:

@@ -313,9 +313,7 @@ class ALRC:
             after = state.updated(batch.mean, var, (weights[0], weights[-1]), one)
         else:
             kept = batch.kept / number
-            weights = [
-                moment_weight(beta, state, ops) * kept for beta in sorted({*self.betas}, key=self.betas.index)
-            ]
+            weights = [moment_weight(beta, state, ops) * kept for beta in sorted({*self.betas}, key=self.betas.index)]
             moments = Moments(*state[:3]).updated(batch.mean, var, (weights[0], weights[-1]), one)
             # Merging gives a variance between the parts, which the one batch of a mean does not have (S11).
             raw_var = batch.raw_var if self.second_moment == "elements" else 0 * batch.raw_var

@@ -6,7 +6,6 @@ number. Beside them stand completions without a network, of the same scans.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from alrc_lab.data.stem import load_micrographs
 from alrc_lab.experiments import partial_stem, partial_stem_baselines
 from alrc_lab.experiments.partial_stem import Config
 from alrc_lab.experiments.partial_stem_results import COMPLETIONS
-from alrc_lab.experiments.plan import Cost, Plan
+from alrc_lab.experiments.plan import Cost, Pack, Plan
 
 PRESETS = experiments.PRESETS["partial-stem"]
 """Presets and what each costs."""
@@ -219,18 +218,20 @@ def _differences(config: Config, seeds: int, description: dict[str, Any]) -> lis
     return found
 
 
-def _measure(runs: Sequence[dict[str, Any]]) -> list[Cost]:
+def _measure(packs: Sequence[Pack]) -> list[Cost]:
     """Time a few updates; conditions cost the same."""
-    shapes: Counter[Config] = Counter()
-    for run in runs:
+    shapes = dict[Config, dict[int, int]]()
+    for place, run in (member for pack in packs for member in pack.items()):
         if run["cell"] is None:
             continue  # seconds
         config = Config(**run["config"])
-        shapes[replace(config, loss="huber", limit="alrc", seed=0)] += config.iterations
+        shape = replace(config, loss="huber", limit="alrc", seed=0)
+        shapes.setdefault(shape, {})[place] = config.iterations - run["step"]
     costs = list[Cost]()
-    for config, updates in shapes.items():
+    for config, left in shapes.items():
         micrographs = load_micrographs(config.data, crop_size=config.crop_size)
         step_s = partial_stem.measure_step_s(config, micrographs)
         what = f"{config.crop_size}×{config.crop_size}, {config.widths}, {config.precision}"
-        costs.append(Cost(f"{what}: {1e3 * step_s:.0f} ms an update × {updates:,} updates", step_s * updates))
+        label = f"{what}: {1e3 * step_s:.0f} ms an update × {sum(left.values()):,} updates"
+        costs.append(Cost(label, {place: step_s * updates for place, updates in left.items()}))
     return costs

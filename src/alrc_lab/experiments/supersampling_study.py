@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from alrc_lab.experiments import cifar10_supersampling as supersampling
+from alrc_lab.experiments import supersampling_replicas
 from alrc_lab.experiments.cifar10_supersampling import Config, Trainer
-from alrc_lab.experiments.plan import Cost
+from alrc_lab.experiments.plan import Cost, Pack
+from alrc_lab.experiments.replicas_network import side_by_side
 
 
 def check_seeds(seeds: int | None) -> None:
@@ -80,38 +82,65 @@ def differences(config: Config, description: dict[str, Any]) -> list[str]:
     return found
 
 
-def measure(runs: Sequence[dict[str, Any]]) -> list[Cost]:
-    """Time a few updates of each shape of run."""
-    shapes: Counter[Config] = Counter()
-    for run in runs:
-        config = Config(**run["config"])
-        shape = replace(config, error="squared", num_stddev=3.0, seed=0, drop_at=None, learning_rate=1e-3)
-        shapes[replace(shape, iterations=1, final_window=1)] += config.iterations
+def measure(packs: Sequence[Pack]) -> list[Cost]:
+    """Time a few updates of each shape of run and pack, as far as the shape decides what an update costs."""
+    updates = dict[tuple[Config, bool], dict[int, int]]()
+    sizes: Counter[tuple[Config, bool]] = Counter()
+    for members in packs:
+        for place, run in members.items():
+            config = Config(**run["config"])
+            shape = Config(num_stddev=3.0, iterations=1, **{name: getattr(config, name) for name in _SHAPE})
+            kind = shape, len(members) > 1
+            updates.setdefault(kind, {})[place] = config.iterations - run["step"]
+            sizes[kind] = max(sizes[kind], len(members))
     costs = list[Cost]()
-    for shape, updates in shapes.items():
-        step_s = measure_step_s(shape)
+    for kind, left in updates.items():
+        shape, size = kind[0], sizes[kind]
+        step_s = measure_step_s(shape, size)
         what = f"width {shape.width}, batch {shape.batch_size}, {shape.precision}"
-        what += f", {shape.optimizer}" * (len({key.optimizer for key in shapes}) > 1)
-        costs.append(Cost(f"{what}: {1e3 * step_s:.1f} ms an update × {updates:,} updates", step_s * updates))
+        what += f", {shape.optimizer}" * (len({other.optimizer for other, _ in updates}) > 1)
+        each = "an update" if size == 1 else f"a run's update in packs of {size}"
+        label = f"{what}: {1e3 * step_s:.1f} ms {each} × {sum(left.values()):,} updates"
+        costs.append(Cost(label, {place: step_s * number for place, number in left.items()}))
     return costs
 
 
-def measure_step_s(config: Config, budget_s: float = 1.0) -> float:
-    """Time one update on this machine, in seconds, on random images, without the data pipeline.
+_SHAPE = ("width", "batch_size", "precision", "optimizer", "device")
+"""Fields that decide what an update costs; thresholds, variants and errors differ by a few hundredths."""
+
+
+def measure_step_s(config: Config, replicas: int = 1, budget_s: float = 1.0) -> float:
+    """Time a run's update on this machine, in seconds, on random images, with its share of the data pipeline.
+
+    On one thread it is CPU time, as if nothing else were running.
 
     Args:
         config: Settings of the run to be timed.
-        budget_s: Seconds to spend; two updates at least.
+        replicas: Runs that train together; the time is divided by them.
+        budget_s: Seconds to spend; two updates at least, one if it takes longer.
     """
     images = np.random.default_rng(0).integers(0, 256, (256, 3, 32, 32), np.uint8)
-    trainer = Trainer(config, images)
-    inputs, targets = trainer.stream.block(0)
-    record = torch.zeros(len(Trainer.columns), device=inputs.device)
-    trainer.update(inputs[0], targets[0], record)
-    record.cpu()
-    started, number = time.perf_counter(), 0
-    while number < 1 or time.perf_counter() - started < budget_s:
-        trainer.update(inputs[number % len(inputs)], targets[number % len(inputs)], record)
+    trainers = [Trainer(replace(config, seed=seed), images) for seed in range(replicas)]
+    stream = trainers[0].stream
+    inputs, targets = stream.block(0)
+    update, shape = trainers[0].update, (len(Trainer.columns),)
+    if replicas > 1:
+        update, shape = supersampling_replicas.Pack(trainers).update, (replicas, *shape)
+        inputs, targets = (side_by_side([side[0]] * replicas)[None] for side in (inputs, targets))
+    record = torch.zeros(shape, device=inputs.device)
+    is_alone = torch.get_num_threads() == 1 and inputs.device.type == "cpu"
+    clock = time.process_time if is_alone else time.perf_counter
+    started = clock()
+    stream.block(1)
+    block_s = clock() - started
+    spent = list[float]()
+    begin = time.perf_counter()
+    while len(spent) < 2 or time.perf_counter() - begin < budget_s:
+        started, place = clock(), len(spent) % len(inputs)
+        update(inputs[place], targets[place], record)
         record.cpu()
-        number += 1
-    return (time.perf_counter() - started) / number
+        spent.append(clock() - started)
+        if spent[0] > budget_s:
+            break
+    later = spent[1:] or spent  # the first prepares what the others use
+    return sum(later) / len(later) / replicas + block_s / stream.steps_per_block

@@ -41,7 +41,7 @@ class Run:
         diverged_at: Step of the divergence, or None.
         identity: SHA-256 of the run; "" while there is no config.json.
         steps: Number of updates the result reports, or None.
-        wall_s: Seconds the run took, or None.
+        wall_s: Seconds the run took, its share of a pack's, or None.
         environment: The last entry of env.json's attempts; empty if there is none.
         summary: Numbers of result.json by name; empty unless finished.
     """

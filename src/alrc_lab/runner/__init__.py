@@ -4,7 +4,7 @@ Knows nothing about what is computed: a run is "module:function", a config and a
 import the experiments, the data, the report or a framework.
 """
 
-from alrc_lab.runner import executors
+from alrc_lab.runner import executors, packing
 from alrc_lab.runner.attempt import available_cores, code_version, execute
 from alrc_lab.runner.executors import sweep
 from alrc_lab.runner.folder import RunState, inspect_run
@@ -21,6 +21,7 @@ __all__ = [
     "execute",
     "executors",
     "inspect_run",
+    "packing",
     "prepare",
     "read_metrics",
     "read_study",

@@ -45,7 +45,7 @@ from alrc_lab.runner.folder import (
     write_json,
 )
 from alrc_lab.runner.packing import together_of
-from alrc_lab.runner.recording import CHECKPOINT_EVERY_S, FolderRecorder
+from alrc_lab.runner.recording import CHECKPOINT_EVERY_S, FolderRecorder, SharedClock
 from alrc_lab.runner.spec import identity_of
 
 THREAD_VARIABLES = (
@@ -121,6 +121,8 @@ def execute_together(
         KeyboardInterrupt: As `execute` does.
     """
     folders = [Path(folder) for folder in folders]
+    if len(folders) == 1:
+        return [execute(folders[0], executor=executor, checkpoint_every_s=checkpoint_every_s)]
     locks = dict[Path, ExitStack]()
     with ExitStack() as all_locks:
         for folder in folders:
@@ -210,14 +212,18 @@ def _attempt_together(locks: dict[Path, ExitStack], executor: str, checkpoint_ev
             "runs": [folder.name for folder in locks],
             "seeds": [document["config"].get("seed") for document in pack],
         }
+        if hasattr(together, "facts_of"):
+            company |= together.facts_of([document["config"] for document in pack])
+        clock = SharedClock(len(pack))
         for folder in locks:
             documents[folder] = _begin(folder, executor, {"pack": company})
-            recorders[folder] = FolderRecorder(folder, documents[folder]["inputs"], checkpoint_every_s)
+            recorders[folder] = FolderRecorder(folder, documents[folder]["inputs"], checkpoint_every_s, clock.seconds)
         members = list(locks)
         configs = [document["config"] for document in documents.values()]
         for place, outcome in together.run_together(configs, list(recorders.values())):
             folder = members[place]
             _end(folder, documents[folder], recorders[folder], outcome)
+            clock.leave()
             locks[folder].close()
     except (Exception, SystemExit):
         # Whose fault it was shows when each is tried alone; nothing is lost but the time since the last checkpoint.
@@ -257,7 +263,9 @@ def _end(folder: Path, document: dict[str, Any], recorder: FolderRecorder, outco
 
 
 def _fail(folder: Path, error: BaseException) -> str | None:
-    """Write down why an attempt failed; returns the reason if that could not be written."""
+    """Write down why an attempt failed, unless its result is there; returns the reason if that could not be written."""
+    if (folder / RESULT).exists():  # whole, or it would not have its name
+        return None
     message = str(error) or "no message"
     try:
         _note_failure(folder, type(error).__name__, message, tracebacks.format_exc())
@@ -363,7 +371,8 @@ def _git_state() -> dict[str, Any] | None:
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
+        # Without its lock, which a run that is killed would leave behind for its owner to find.
+        command = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

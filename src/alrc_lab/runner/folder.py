@@ -54,11 +54,13 @@ class RunState:
             (tried again when the command is repeated), `finished` or `diverged` (both are done).
         step: Updates made. For an interrupted or failed run: the step of the checkpoint it would go on from.
         total: Updates wanted, or None while unknown.
-        steps_per_s: Updates per second over the last ten seconds; of a done run, over all of it; None if unknown.
+        steps_per_s: Updates per second over the last ten seconds, in company as many as the run makes itself; of a
+            done run, updates per second of `wall_s`; None if unknown.
         diverged_at: Step of the divergence, or None.
         message: What a person should know; "" if nothing.
         summary: The run's final numbers; None unless done. A number that was not finite is None.
-        wall_s: Seconds the result took, over all attempts, without lost work; None unless done.
+        wall_s: Seconds the result took, over all attempts, without lost work; None unless done. A run that trained in
+            a pack takes its share: the pack's seconds, each divided by the runs at work.
         code_version: Version of the code that made the last attempt, or None.
     """
 

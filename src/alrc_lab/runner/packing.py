@@ -1,11 +1,12 @@
 """Put run folders together that an entry point can train as one program.
 
-The module of an entry point "module:function" may offer three more functions, or name another module that does as
+The module of an entry point "module:function" may offer more functions, or name another module that does as
 `TOGETHER`:
 
 - `pack_key(config) -> str | None`: runs of equal keys can train together; None means alone.
 - `run_together(configs, recorders)`: trains them, and yields (place, what `function` would return) as each ends.
 - `largest_pack(config) -> int`: how many pay on this machine; without it, whoever packs must say.
+- `facts_of(configs) -> dict`: how they are computed on this machine, for the record of the attempt; may be missing.
 
 Nothing here knows what is computed.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import ModuleType
@@ -38,18 +39,39 @@ def pack(folders: Iterable[Path], largest: int | None = None, workers: int = 1) 
     Raises:
         ValueError: If a number is below 1.
     """
+    waiting = list[Path]()
+    documents = list[dict[str, Any]]()
+    for folder in map(Path, folders):
+        state = inspect_run(folder)
+        if not state.is_done:
+            waiting.append(folder)
+            documents.append({} if state.state == "failed" or largest == 1 else _document(folder))
+    return [[waiting[place] for place in part] for part in group(documents, largest, workers)]
+
+
+def group(documents: Sequence[Mapping[str, Any]], largest: int | None = None, workers: int = 1) -> list[list[int]]:
+    """Group runs that can train together, as `pack` does, before they have folders.
+
+    Args:
+        documents: `entry`, `config` and `inputs` of each run. An empty one goes alone: a run whose last attempt failed
+            may have been what ended the others.
+        largest: As `pack` takes it.
+        workers: As `pack` takes it.
+
+    Returns:
+        Packs of one place or more; every place is in one of them.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
     for what, number in (("largest", largest), ("workers", workers)):
         if number is not None and number < 1:
             raise ValueError(f"{what} must be at least 1, got {number}")
-    groups = dict[Any, list[Path]]()
+    groups = dict[Any, list[int]]()
     limits = dict[Any, int]()
-    for folder in folders:
-        state = inspect_run(folder)
-        if state.is_done:
-            continue
-        # What failed goes alone: it may have been what ended the others.
-        key, limit = _kind_of(Path(folder), 1 if state.state == "failed" else largest, limits)
-        groups.setdefault(key, []).append(Path(folder))
+    for place, document in enumerate(documents):
+        key, limit = _kind_of(place, document, largest, limits)
+        groups.setdefault(key, []).append(place)
         limits[key] = limit
     return [part for key, members in groups.items() for part in _split(members, limits[key], workers)]
 
@@ -99,13 +121,20 @@ def members_of(joint: Future[list[RunState]], number: int) -> list[Future[RunSta
     return members
 
 
-def _kind_of(folder: Path, largest: int | None, known: dict[Any, int]) -> tuple[Any, int]:
-    """Return what the runs of a pack have in common, and how many there may be; a folder's own name packs it alone."""
-    alone = (str(folder), ""), 1
-    if largest == 1:
+def _document(folder: Path) -> dict[str, Any]:
+    """Return what config.json says, nothing if it cannot be read: executing the run will say so."""
+    try:
+        return read_json(folder / CONFIG) or {}
+    except (ValueError, OSError):
+        return {}
+
+
+def _kind_of(place: int, document: Mapping[str, Any], largest: int | None, known: dict[Any, int]) -> tuple[Any, int]:
+    """Return what the runs of a pack have in common, and how many there may be; a run's own place packs it alone."""
+    alone = place, 1
+    if largest == 1 or not document:
         return alone
     try:
-        document = read_json(folder / CONFIG) or {}
         module = together_of(str(document["entry"]))
         own_key = None if module is None else module.pack_key(document["config"])
     except Exception:  # whatever it is, executing the run will say so
@@ -125,7 +154,7 @@ def _largest_of(module: ModuleType, config: dict[str, Any]) -> int:
     return max(1, int(ask(config))) if ask is not None else 1
 
 
-def _split(members: Sequence[Path], limit: int, workers: int) -> list[list[Path]]:
+def _split(members: Sequence[int], limit: int, workers: int) -> list[list[int]]:
     """Split runs into packs of nearly equal sizes, at least one for each worker while there are enough."""
     number = max(math.ceil(len(members) / limit), min(workers, len(members)))
     if number < len(members):  # whole rounds of the workers, so that none waits for the last pack

@@ -6,12 +6,14 @@ its machine, so a run ends with the same numbers wherever it ran. Why so is told
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,9 +25,11 @@ import ray
 from ray import exceptions
 
 from alrc_lab.runner.attempt import note_death
-from alrc_lab.runner.executors import WorkerProcess, last_printed
+from alrc_lab.runner.executors import Executor
 from alrc_lab.runner.folder import CONFIG, RunState, inspect_run, read_json
+from alrc_lab.runner.packing import members_of
 from alrc_lab.runner.recording import CHECKPOINT_EVERY_S
+from alrc_lab.runner.worker_process import WorkerProcess, last_printed
 
 _RETRIES = 3
 # So long a retry waits for a process that lost its task to notice that, and to let go of the run.
@@ -33,20 +37,21 @@ _HANDOVER_S = 10.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # Ray's least is some 80 MB; only states travel
 
 
-class RayExecutor:
-    """Execute each run folder as one Ray task, on storage that every machine of the cluster sees under the same path.
+class RayExecutor(Executor):
+    """Execute each run folder, or pack of them, as one Ray task, on storage that all machines see under one path.
 
-    A run whose worker is lost - killed, out of memory, its machine gone - goes on from its last checkpoint in another
-    one, three times at most; then it is `failed`. If this process dies, Ray ends its tasks and the runs can be
-    resumed.
+    A run or pack whose worker is lost - killed, out of memory, its machine gone - goes on from the last checkpoints in
+    another one, three times at most; then it is `failed`. If this process dies, Ray ends its tasks and the runs can
+    be resumed.
 
     Args:
         workers: Runs at once; None for as many as the cluster has room for.
-        threads: Cores that a run asks of Ray, and threads that its numerical libraries may use.
+        threads: Cores that a run or a pack asks of Ray, and threads that its numerical libraries may use.
         checkpoint_every_s: Seconds from one checkpoint of a run to when its next is due.
         address: Address of a cluster, as `ray.init` takes it; None to use the one that this process is connected to,
             or to start one on this machine with `workers` · `threads` cores.
-        gpus_per_run: GPUs, or the part of one, that a run whose config says `device: cuda` asks of Ray.
+        gpus_per_run: GPUs, or the part of one, that a run whose config says `device: cuda`, or a pack of such, asks of
+            Ray.
 
     Raises:
         ValueError: If gpus_per_run is nothing that Ray can share out.
@@ -79,22 +84,33 @@ class RayExecutor:
         self._collector = threading.Thread(target=self._collect, name="alrc-ray", daemon=True)
         self._collector.start()
 
-    def submit(self, folder: Path) -> Future[RunState]:
-        """Execute a run folder as soon as the cluster has room for it.
+    def submit_together(self, folders: Sequence[Path]) -> list[Future[RunState]]:
+        """Execute run folders as one task as soon as the cluster has room for it.
 
         Raises:
             ValueError: If no machine of the cluster is large enough, however long one waits.
         """
-        folder = Path(folder)
-        resources = _resources(folder, self._threads, self._gpus_per_run)
+        folders = [Path(folder) for folder in folders]
+        resources = self._resources(folders)
         self._check_room(resources)
-        job = _Job(folder, Future(), resources)
+        job = _Job(folders, Future(), resources)
         with self._guard:
             if self._is_closed:
                 raise RuntimeError("cannot submit a run after shutdown")
             self._waiting.append(job)
             self._start_some()
-        return job.future
+        return members_of(job.future, len(folders))
+
+    def at_once(self, folders: Sequence[Path]) -> int:
+        """Return how many tasks the cluster has room for now, as the run that asks for most, or the limit if lower."""
+        needs = _needs(self._resources(folders))
+        rooms = [
+            min(math.floor(node["Resources"].get(name, 0) / number + 1e-9) for name, number in needs.items() if number)
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        room = sum(rooms)
+        return max(1, room if self._limit is None else min(room, self._limit))
 
     def shutdown(self, wait: bool = True, cancel: bool = False) -> None:
         """Accept nothing more and let go of the cluster when nothing is left to do.
@@ -108,7 +124,8 @@ class RayExecutor:
             self._is_stopping |= cancel
             if cancel:
                 for job in self._waiting:
-                    job.future.cancel()
+                    if not job.future.cancel():  # it has been running, and lost its worker
+                        job.future.set_result([inspect_run(folder) for folder in job.folders])
                 self._waiting.clear()
                 for reference in self._running:
                     ray.cancel(reference, force=True)
@@ -117,9 +134,14 @@ class RayExecutor:
         if wait:
             self._collector.join()
 
+    def _resources(self, folders: Sequence[Path]) -> dict[str, float]:
+        """Return what runs ask of Ray, together no more than the one that asks for most."""
+        gpus = [self._gpus_per_run * _wants_gpu(folder) for folder in folders]
+        return {"num_cpus": self._threads, "num_gpus": max(gpus, default=0)}
+
     def _check_room(self, resources: dict[str, float]) -> None:
         """Refuse what would wait forever."""
-        needs = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
+        needs = _needs(resources)
         if needs in self._fitting:
             return
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -135,8 +157,10 @@ class RayExecutor:
             job = self._waiting.popleft()
             if job.losses == 0 and not job.future.set_running_or_notify_cancel():
                 continue
-            task = self._task.options(name=job.folder.name, **job.resources)
-            reference = task.remote(str(job.folder.absolute()), self._threads, self._checkpoint_every_s, job.losses > 0)
+            more = f" and {len(job.folders) - 1} more" * (len(job.folders) > 1)
+            task = self._task.options(name=job.folders[0].name + more, **job.resources)
+            names = [str(folder.absolute()) for folder in job.folders]
+            reference = task.remote(names, self._threads, self._checkpoint_every_s, job.losses > 0)
             self._running[reference] = job
             reference.future().add_done_callback(lambda answer, ref=reference: self._answers.put((ref, answer)))
 
@@ -146,50 +170,52 @@ class RayExecutor:
             reference, answer = item
             job = self._running[reference]
             try:
-                state = self._state_after(job, answer)
+                states = self._states_after(job, answer)
             except Exception as error:  # must reach whoever waits, and must not end this thread
-                state = replace(inspect_run(job.folder), state="failed", message=f"{type(error).__name__}: {error}")
+                states = _failed(job.folders, f"{type(error).__name__}: {error}")
             with self._guard:
                 del self._running[reference]
-                if state is None and not self._is_stopping:
+                if states is None and not self._is_stopping:
                     self._waiting.appendleft(job)
-                elif state is None:
-                    state = inspect_run(job.folder)
+                elif states is None:
+                    states = [inspect_run(folder) for folder in job.folders]
                 self._start_some()
                 is_over = self._is_closed and not self._running and not self._waiting
-            if state is not None:
-                job.future.set_result(replace(state, folder=job.folder))
+            if states is not None:
+                named = zip(states, job.folders, strict=True)
+                job.future.set_result([replace(state, folder=folder) for state, folder in named])
             if is_over:
                 break
         if self._is_mine:
             ray.shutdown()
 
-    def _state_after(self, job: _Job, answer: Future[Any]) -> RunState | None:
-        """Return the state that a task left its run in, None if the run shall go on in another one."""
+    def _states_after(self, job: _Job, answer: Future[Any]) -> list[RunState] | None:
+        """Return the states that a task left its runs in, None if they shall go on in another one."""
         error = answer.exception()
-        if error is None and "state" in answer.result():
-            return RunState.from_json(answer.result()["state"])
+        if error is None and "states" in answer.result():
+            return [RunState.from_json(state) for state in answer.result()["states"]]
         if self._is_stopping:
-            return _settled(job.folder)
+            return _settled(job.folders)
         if isinstance(error, exceptions.RayTaskError):  # not the run's fault, and it would be the same again
-            return replace(inspect_run(job.folder), state="failed", message=f"the Ray task failed: {error.cause!r}")
+            return _failed(job.folders, f"the Ray task failed: {error.cause!r}")
         job.losses += 1
         if job.losses <= _RETRIES:
             return None
-        found = _settled(job.folder)
-        if found.is_done:
-            return found
         how, printed = ("", "") if error is not None else (answer.result()["died"], answer.result()["printed"])
         how = how or f"its Ray worker was lost ({type(error).__name__})"
-        return note_death(job.folder, f"{how}; given up after {job.losses} attempts", printed or str(error))
+        told = f"{how}; given up after {job.losses} attempts"
+        return [
+            found if found.is_done else note_death(folder, told, printed or str(error))
+            for folder, found in zip(job.folders, _settled(job.folders), strict=True)
+        ]
 
 
 @dataclass
 class _Job:
-    """Hold a run that was submitted, and how many workers it has lost."""
+    """Hold runs that were submitted together, and how many workers they have lost."""
 
-    folder: Path
-    future: Future[RunState]
+    folders: list[Path]
+    future: Future[list[RunState]]
     resources: dict[str, float]
     losses: int = 0
 
@@ -242,35 +268,39 @@ def cluster_cores(address: str) -> int:
 _held: tuple[tuple[int, str | None], WorkerProcess] | None = None
 
 
-def execute_on_this_machine(folder: str, threads: int, checkpoint_every_s: float, is_retry: bool) -> dict[str, Any]:
-    """Execute a run folder in a worker process of this Ray worker, which it keeps for the next one.
+def execute_on_this_machine(
+    folders: list[str], threads: int, checkpoint_every_s: float, is_retry: bool
+) -> dict[str, Any]:
+    """Execute run folders, several as one program, in a worker process of this Ray worker, kept for the next ones.
 
     If this process is killed, the worker process sees its stdin close and ends at once.
 
     Args:
-        folder: Absolute path of the run folder.
+        folders: Absolute paths of the run folders.
         threads: Threads that the numerical libraries may use.
         checkpoint_every_s: Seconds from one checkpoint to when the next is due.
-        is_retry: Whether the process of an earlier task may still be about to let go of the run.
+        is_retry: Whether the process of an earlier task may still be about to let go of the runs.
 
     Returns:
-        `state`, the run's state as JSON; or `died` and `printed`: how the worker process ended, and its last words.
+        `states`, the runs' states as JSON; or `died` and `printed`: how the worker process ended, and its last words.
     """
-    path = Path(folder)
-    if not (path / CONFIG).is_file():
-        message = f"{platform.node()} sees no {path / CONFIG}: the results must lie where every machine sees them"
-        return {"state": replace(inspect_run(path), state="failed", message=message).to_json()}
-    request = {"folder": folder, "checkpoint_every_s": checkpoint_every_s, "executor": "ray"}
+    paths = [Path(folder) for folder in folders]
+    unseen = [path / CONFIG for path in paths if not (path / CONFIG).is_file()]
+    if unseen:
+        told = f"{platform.node()} sees no {unseen[0]}: the results must lie where every machine sees them"
+        return {"states": [state.to_json() for state in _failed(paths, told)]}
+    if is_retry:  # a pack must find all its runs free, or it would be another pack
+        _settled(paths)
     deadline = time.monotonic() + _HANDOVER_S
     while True:
-        worker = _worker(threads)
-        state = worker.ask(request)
-        if state is None or state.state == "interrupted":
+        states = _worker(threads).ask(paths, checkpoint_every_s, "ray")
+        if states is None or any(state.state == "interrupted" for state in states):
             how, printed = _let_go()
-            how = how if state is None else "the worker process was asked to stop"
-            return {"died": how, "printed": printed or last_printed(path)}
-        if not (is_retry and state.state == "running" and time.monotonic() < deadline):
-            return {"state": state.to_json()}
+            how = how if states is None else "the worker process was asked to stop"
+            return {"died": how, "printed": printed or last_printed(paths[0])}
+        is_held = any(state.state == "running" for state in states)
+        if not (is_retry and is_held and time.monotonic() < deadline):
+            return {"states": [state.to_json() for state in states]}
         time.sleep(0.1)
 
 
@@ -287,7 +317,8 @@ def _worker(threads: int) -> WorkerProcess:
 
 def _search_path() -> list[str]:
     """Return where this process finds modules, without the private folders that a Ray worker puts in front."""
-    return [entry for entry in sys.path if Path(ray.__file__).parent not in Path(entry).parents]
+    private = Path(ray.__file__).resolve().parent
+    return [entry for entry in sys.path if private not in Path(entry).resolve().parents]
 
 
 def _let_go() -> tuple[str, str]:
@@ -301,8 +332,8 @@ def _let_go() -> tuple[str, str]:
 # --- What a run needs, and how it was left ---
 
 
-def _resources(folder: Path, threads: int, gpus_per_run: float) -> dict[str, float]:
-    """Return what a run asks of Ray, from the device in its config."""
+def _wants_gpu(folder: Path) -> bool:
+    """Tell from the device in a run's config whether it needs a GPU."""
     config = None
     with suppress(ValueError, OSError):  # executing it will say so
         config = (read_json(folder / CONFIG) or {}).get("config")
@@ -312,12 +343,25 @@ def _resources(folder: Path, threads: int, gpus_per_run: float) -> dict[str, flo
             f"{folder.name} wants device {device!r}, but Ray chooses the GPU of each run and shows it no other: "
             "use device 'cuda'"
         )
-    return {"num_cpus": threads, "num_gpus": gpus_per_run if device == "cuda" else 0}
+    return device == "cuda"
 
 
-def _settled(folder: Path) -> RunState:
-    """Return a run's state when its process, which has lost its task, has let go of it."""
+def _needs(resources: dict[str, float]) -> dict[str, float]:
+    """Return what a task asks for, under the names that machines have it."""
+    return {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
+
+
+def _failed(folders: Sequence[Path], message: str) -> list[RunState]:
+    """Say of runs that are not done why they were not executed."""
+    found = [inspect_run(folder) for folder in folders]
+    return [state if state.is_done else replace(state, state="failed", message=message) for state in found]
+
+
+def _settled(folders: Sequence[Path]) -> list[RunState]:
+    """Return the states of runs when their process, which has lost its task, has let go of them."""
     deadline = time.monotonic() + _HANDOVER_S
-    while (state := inspect_run(folder)).state == "running" and time.monotonic() < deadline:
+    while True:
+        states = [inspect_run(folder) for folder in folders]
+        if all(state.state != "running" for state in states) or time.monotonic() > deadline:
+            return states
         time.sleep(0.02)
-    return state

@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,29 @@ class MetricsWriter:
         return steps
 
 
+class SharedClock:
+    """Share out the time of several runs that train as one program, evenly among those at work at each moment.
+
+    Args:
+        members: How many there are.
+    """
+
+    def __init__(self, members: int) -> None:
+        self._members = members
+        self._spent, self._seen = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the share, since this clock was made, of a run that is at work still."""
+        now_s = time.monotonic()
+        self._spent, self._seen = self._spent + (now_s - self._seen) / max(self._members, 1), now_s
+        return self._spent
+
+    def leave(self) -> None:
+        """Take one run out; from now on the others share the time."""
+        self.seconds()
+        self._members -= 1
+
+
 class FolderRecorder:
     """Give an entry point its inputs, and keep what it hands over in a run folder.
 
@@ -174,25 +198,32 @@ class FolderRecorder:
         folder: The run folder.
         inputs: The resolved data set.
         checkpoint_every_s: Seconds from one checkpoint to when the next is due.
+        clock: Gives the seconds that count as the run's; by default all that pass.
     """
 
     def __init__(
-        self, folder: Path, inputs: Mapping[str, Any] | None, checkpoint_every_s: float = CHECKPOINT_EVERY_S
+        self,
+        folder: Path,
+        inputs: Mapping[str, Any] | None,
+        checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.inputs: dict[str, Any] = dict(inputs or {})
         self.steps = 0
         self._folder = folder
         self._metrics: MetricsWriter | None = None
         self._checkpoint_every_s = checkpoint_every_s
-        self._started = self._checkpointed = time.monotonic()
+        self._clock = clock or time.monotonic
+        self._started = self._clock()
+        self._checkpointed = time.monotonic()
         self._earlier_s = 0.0
         self._progressed = -_PROGRESS_EVERY_S
         self._pace: deque[tuple[float, int]] = deque()
 
     @property
     def wall_s(self) -> float:
-        """Seconds the run has taken: this attempt, and what earlier ones took up to their checkpoint."""
-        return self._earlier_s + time.monotonic() - self._started
+        """Seconds the run has taken, its share of a pack's: this attempt, and earlier ones up to their checkpoint."""
+        return self._earlier_s + self._clock() - self._started
 
     def resume(self) -> tuple[int, Path] | None:
         """Return step and file of the last checkpoint, None if there is none, and cut the metrics back to it.
@@ -316,14 +347,24 @@ class FolderRecorder:
 def _write_whole(path: Path, draft: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a draft, and give it its name once all of it is on the disk."""
     draft.unlink(missing_ok=True)
-    save(draft)
-    if not draft.is_file():
-        raise ValueError(f"save() must write to exactly {draft}; does it append a suffix of its own?")
-    with plain_errors(path):
-        with draft.open("r+b") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-        sync_folder(path.parent)
+    try:
+        with plain_errors(path):
+            try:
+                save(draft)
+            except RuntimeError:  # torch says so of a full disk too; then there is no room for more either
+                with draft.open("ab") as file:
+                    file.write(bytes(2**20))
+                raise
+            if not draft.is_file():
+                raise ValueError(f"save() must write to exactly {draft}; does it append a suffix of its own?")
+            with draft.open("r+b") as file:
+                os.fsync(file.fileno())
+            draft.replace(path)
+            sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()  # a full disk needs the room to say why the run failed
+        raise
 
 
 def _whole_batches(stream: bytes) -> tuple[pa.Schema | None, list[pa.RecordBatch]]:

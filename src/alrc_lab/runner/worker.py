@@ -1,7 +1,7 @@
 """Execute run folders for another process: `python -m alrc_lab.runner.worker`.
 
 Reads one JSON object per line on stdin, {"folder", "checkpoint_every_s"}, and answers each with one line on stdout,
-the run's state. With "folders" instead of "folder" the runs train together, and the answer is the list of their states.
+the run's state. With "folders" instead of "folder" the answer is a list of states, and several runs train together.
 What a run prints goes to log.txt in its folder, the first one's if there are several, so it cannot corrupt that
 channel. Ends when stdin closes, in the middle of a run too: then the driver died, and the run can be resumed.
 """
@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from alrc_lab.runner.attempt import execute, execute_together
+from alrc_lab.runner.attempt import execute_together
 from alrc_lab.runner.folder import LOG, RunState, inspect_run, plain_errors
 
 DRIVER_IS_GONE = 3
@@ -52,7 +52,7 @@ def main() -> int:
         }
         try:
             with _printing_to(folders[0] / LOG):
-                states = execute_together(folders, **options) if len(folders) > 1 else [execute(folders[0], **options)]
+                states = execute_together(folders, **options)
         except KeyboardInterrupt:
             states, is_wanted = [inspect_run(folder) for folder in folders], False
         except OSError as error:

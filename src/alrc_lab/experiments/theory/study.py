@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from alrc_lab import experiments
-from alrc_lab.experiments.plan import Cost, Plan
+from alrc_lab.experiments.plan import Cost, Pack, Plan
 from alrc_lab.experiments.theory import (
     bias,
     bias_setting,
@@ -172,7 +172,7 @@ def _with_seeds(config: Any, seeds: int) -> Any:
     return replace(config, seeds=seeds) if hasattr(config, "seeds") else config
 
 
-def _measure(runs: Sequence[dict[str, Any]]) -> list[Cost]:
+def _measure(packs: Sequence[Pack]) -> list[Cost]:
     """Time a fixed piece of work, and scale what the quick preset took with it and with the sizes of the runs."""
     import time
 
@@ -180,11 +180,11 @@ def _measure(runs: Sequence[dict[str, Any]]) -> list[Cost]:
     bias.descend(bias.methods.make("norm", 1.0), ("normal",), 500, 1_000, bias_setting.Config())
     pace = (time.perf_counter() - started) / _REFERENCE_S
     costs: list[Cost] = []
-    for run in runs:
+    for place, run in (member for pack in packs for member in pack.items()):
         part = next(part for part in PARTS if part.id == run["cell"])
         own = part.module.Config(**{key: value for key, value in run["config"].items() if key != "criteria"})
         seconds = SECONDS[part.id] * pace * _work(own) / _work(part.module.Config())
-        costs.append(Cost(f"{part.id}, {part.title}: about {seconds:.0f} s", seconds))
+        costs.append(Cost(f"{part.id}, {part.title}: about {seconds:.0f} s", {place: seconds}))
     return costs
 
 

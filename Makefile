@@ -8,7 +8,7 @@ BIN := .venv/bin
 # A compiler at work in most tests: two processes take half the time of one.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-keras lint format bench peers clean distclean
+.PHONY: help demo test test-keras lint format bench soak peers clean distclean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -39,10 +39,16 @@ bench: .venv/.installed ## measure the overhead and the cost of a step, with the
 	$(BIN)/python benchmarks/gradient_clipping.py
 	$(BIN)/python benchmarks/step_guard.py
 	$(BIN)/python benchmarks/experiment_step.py
+	$(BIN)/python benchmarks/replicas.py --rounds 5 --widths 16
+	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/partial_stem_step.py
 	$(BIN)/python benchmarks/jax_transforms.py
 	KERAS_BACKEND=jax $(BIN)/python benchmarks/keras_layer.py
 	KERAS_BACKEND=torch $(BIN)/python benchmarks/keras_layer.py
+
+soak: .venv/.installed ## kill executor, workers and driver 50 times each way, and measure sweeps of many runs (half an hour)
+	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/many_runs.py
 
 peers: .venv/.installed ## ask alrc and its peers the eight conformance questions and print the table (minutes)
 	$(BIN)/python benchmarks/peers.py

@@ -1,14 +1,16 @@
 """What a sweep of many runs costs beside the runs: status of 10,000 run folders, and a driver with 1,000 queued runs.
 
-Run with `python benchmarks/many_runs.py [FOLDERS] [QUEUED] [SECONDS]`. The queued runs wait behind one that only
-sleeps, so whatever the driver uses is the price of the queue. Seconds are CPU seconds of the process named; a Ray
-cluster's own processes are counted apart from the driver.
+Run with `python benchmarks/many_runs.py [--folders N] [--queued N] [--seconds S] [--out FILE]`; prints a table and
+writes it as JSON, by default to benchmarks/results/many_runs.json. The queued runs wait behind one that only sleeps, so
+whatever the driver uses is the price of the queue. Cores are CPU seconds in a second; a Ray cluster's own processes are
+counted apart from the driver.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
 
 from alrc_lab import runner
 from counting_experiment import prepared
+from side_by_side import header
 
 
 def many_folders(root: Path, number: int) -> None:
@@ -82,26 +85,46 @@ def cost_of_queue(root: Path, executor: str, queued: int, seconds: float) -> tup
     return mine / took, others / took
 
 
-def main(folders: int = 10_000, queued: int = 1_000, seconds: float = 30.0, only: str = "") -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folders", type=int, default=10_000, help="run folders that alrc status looks into")
+    parser.add_argument("--queued", type=int, default=1_000, help="runs that wait")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long the driver is watched")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # an executor: in a process of its own
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "many_runs.json")
+    arguments = parser.parse_args()
+    queued, seconds = arguments.queued, arguments.seconds
     with tempfile.TemporaryDirectory(prefix="alrc-many-", ignore_cleanup_errors=True) as scratch:
-        if only:  # in a process of its own: nothing else may be counted
-            mine, others = cost_of_queue(Path(scratch), only, queued, seconds)
-            print(
-                f"  {only:<10} driver {100 * mine:5.2f} % of a core, workers and cluster {100 * others:5.1f} %",
-                flush=True,
-            )
+        if arguments.only:  # nothing else may be counted
+            print(json.dumps(cost_of_queue(Path(scratch), arguments.only, queued, seconds)), flush=True)
             os._exit(0)  # ends the workers too: their stdin closes
-        print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
-        print(f"alrc status on {folders:,} run folders, best of three", flush=True)
-        many_folders(Path(scratch), folders)
+        title = header("What many runs cost beside the runs")
+        print(f"{title.splitlines()[1]}\nalrc status on {arguments.folders:,} run folders, best of three", flush=True)
+        many_folders(Path(scratch), arguments.folders)
+        status = []
         for flags in ((), ("--json",)):
             wall, spent = time_status(Path(scratch) / "many", *flags)
+            status.append({"folders": arguments.folders, "flags": list(flags), "wall_s": wall, "cpu_s": spent})
             print(f"  {' '.join(flags) or 'text':<10} {wall:5.2f} s wall, {spent:5.2f} s CPU", flush=True)
     print(f"{queued:,} queued runs, during {seconds:g} s", flush=True)
+    queue = []
     for executor in ("processes", "ray"):
-        subprocess.run([sys.executable, __file__, "0", str(queued), str(seconds), executor], check=True)
+        command = [sys.executable, __file__, "--queued", str(queued), "--seconds", str(seconds), "--only", executor]
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        mine, others = json.loads(told.splitlines()[-1])
+        queue.append({"executor": executor, "queued": queued, "driver_cores": mine, "other_cores": others})
+        print(
+            f"  {executor:<10} driver {100 * mine:5.2f} % of a core, workers and cluster {100 * others:5.1f} %",
+            flush=True,
+        )
+    document = {"machine": title.splitlines()[1], "code": runner.code_version(), "status": status, "queue": queue}
+    document["note"] = (
+        "The load is that when the script began. CPU seconds hold on a busy machine, wall seconds do not."
+    )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"\nwritten to {arguments.out}")
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    main(*(int(word) for word in given[:2]), *(float(word) for word in given[2:3]), *given[3:4])
+    main()

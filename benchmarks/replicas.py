@@ -29,6 +29,8 @@ from alrc_lab.runner import available_cores
 from side_by_side import header
 
 SIZE = 32
+UPDATES = 64
+"""Updates in a block of images: what a round trains of a pack."""
 THRESHOLDS = (None, 3.0, 2.0, 4.0)
 COLUMNS = ("alone", "grouped", "grouped, channels last", "im2col + bmm", "vmap")
 
@@ -148,11 +150,11 @@ def serve(width: int, precision: str, replicas: int) -> None:
 
 
 def train_some(what: Trainer | Pack) -> None:
-    """Train 16 updates, data and records included; the step count stays small, so that errors fit."""
+    """Train `UPDATES` updates, data and records included; a block of 256, as runs have it, would take too long."""
     stream = (what if isinstance(what, Trainer) else what.trainers[0]).stream
     for member in [what] if isinstance(what, Trainer) else what.trainers:
-        member.stream.steps_per_block = 16
-        member.stream.images_per_block = 16 * stream.batch_size
+        member.stream.steps_per_block = UPDATES
+        member.stream.images_per_block = UPDATES * stream.batch_size
     what.train_block()
 
 
@@ -206,8 +208,8 @@ def _compare(width: int, precision: str, replicas: int, rounds: int, processes: 
         ask("packed", 1)
         alone, packed = [], []
         for _ in range(rounds):
-            alone.append([1e3 * seconds / (16 * repeats) for seconds in ask("alone", repeats)])
-            packed.append([1e3 * seconds / (16 * replicas) for seconds in ask("packed", 1)])
+            alone.append([1e3 * seconds / (UPDATES * repeats) for seconds in ask("alone", repeats)])
+            packed.append([1e3 * seconds / (UPDATES * replicas) for seconds in ask("packed", 1)])
     finally:
         for worker in workers:
             worker.communicate()

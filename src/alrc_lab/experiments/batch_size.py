@@ -59,10 +59,7 @@ def plan(preset: str, *, data: str | None = None, seeds: int | None = None) -> P
     Raises:
         ValueError: If there is no such preset, or `seeds` < 1.
     """
-    if preset not in _PRESETS:
-        raise ValueError(f"batch-size has no preset {preset!r}; choose one of {', '.join(_PRESETS)}.")
-    study.check_seeds(seeds)
-    chosen = _PRESETS[preset]
+    chosen: _Preset = study.choose("batch-size", _PRESETS, preset, seeds)
     seeds = seeds or chosen.seeds
     description = load_cifar10(data).describe()
     cells: list[dict[str, Any]] = []

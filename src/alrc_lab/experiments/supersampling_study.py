@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,24 @@ def check_seeds(seeds: int | None) -> None:
     """
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}.")
+
+
+def choose(study: str, presets: Mapping[str, Any], preset: str, seeds: int | None) -> Any:
+    """Return what a preset stands for.
+
+    Args:
+        study: Name of the study.
+        presets: Its presets.
+        preset: The name asked for.
+        seeds: The number of seeds asked for, or none.
+
+    Raises:
+        ValueError: If there is no such preset, or `seeds` < 1.
+    """
+    if preset not in presets:
+        raise ValueError(f"{study} has no preset {preset!r}; choose one of {', '.join(presets)}.")
+    check_seeds(seeds)
+    return presets[preset]
 
 
 def run_of(config: Config, cell: str, description: dict[str, Any]) -> dict[str, Any]:
